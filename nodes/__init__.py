@@ -1,0 +1,19 @@
+"""The nodes of the pack, one file per technique."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .apply import PLADISApply
+from .apply_advanced import PLADISApplyAdvanced
+
+
+class PLADISExtension(ComfyExtension):
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [PLADISApply, PLADISApplyAdvanced]
+
+
+async def comfy_entrypoint() -> PLADISExtension:
+    return PLADISExtension()

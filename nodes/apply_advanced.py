@@ -1,0 +1,66 @@
+"""Apply PLADIS with a choice of layers and of prompts."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from typing_extensions import override
+
+from .hosting import APPLY_TO, LAYER_CHOICES, Settings, apply_settings, choose_layers, text_layers
+from .inputs import SEARCH_ALIASES, common_inputs, model_output
+
+
+class PLADISApplyAdvanced(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PLADISApplyAdvanced",
+            display_name="Apply PLADIS (Advanced)",
+            category="model/patch",
+            description="Apply PLADIS with a choice of layers and of prompts. A second Apply node further down replaces "
+            "this one on the layers that both cover.",
+            search_aliases=SEARCH_ALIASES,
+            inputs=[
+                *common_inputs(),
+                io.Combo.Input(
+                    "layers",
+                    options=list(LAYER_CHOICES),
+                    default="all",
+                    tooltip="all: every text cross-attention, as the paper defines it. down + up: without the middle "
+                    "block, as the authors' released code does. custom: the list in blocks.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="",
+                    tooltip="Used when layers is custom. Comma-separated: d, m or u (down, middle, up), the block's "
+                    "number counted from 0 among those with text attention, then optionally a dot and the layer "
+                    "inside it. Ranges work in both places: d2.2-9,m0,u0.4",
+                ),
+                io.Combo.Input(
+                    "apply_to",
+                    options=list(APPLY_TO),
+                    default="both",
+                    tooltip="Which prompts get PLADIS. both: as in the paper. positive: all but the negative prompt. "
+                    "negative: only the negative prompt. With CFG 1 there is no negative prompt to apply it to.",
+                ),
+            ],
+            outputs=[model_output()],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls,
+        model: io.Model.Type,
+        scale: float,
+        alpha: float,
+        start_percent: float,
+        end_percent: float,
+        layers: str,
+        blocks: str,
+        apply_to: str,
+    ) -> io.NodeOutput:
+        chosen = choose_layers(layers, blocks, text_layers(model))
+        return io.NodeOutput(
+            apply_settings(model, Settings(chosen, scale, alpha, start_percent, end_percent, apply_to))
+        )

@@ -1,0 +1,126 @@
+"""What stands in a cross-attention's replacement slot during one model call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from comfy.ldm.modules import attention
+
+from ...pladis_core import pladis_attention, pladis_correction
+from .conditioning import Chunk, repeat_mask
+from .settings import Settings
+
+Hook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """What the hooks of one model call know of its batch: rows, context tokens, conditionings."""
+
+    rows: int
+    tokens: int
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive rows that are computed alike. `length` is the prompt's own length; None: not known."""
+
+    rows: slice
+    length: int | None
+    active: bool
+
+
+@dataclass(frozen=True)
+class PladisHook:
+    """A replacement hook for one layer (comfy/ldm/modules/attention.py, BasicTransformerBlock.forward).
+
+    Where another pack's hook (`resident`) or an attention override is there already, its output stays and PLADIS is
+    added onto it; else one fused pass. Holds no state: several threads may call it.
+    """
+
+    settings: Settings
+    call: ModelCall
+    resident: Hook | None
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+        """q (B, Lq, H * D), k and v (B, Lk, H * D) -> (B, Lq, H * D)."""
+        segments = self._segments(q, k, extra_options)
+        if self.resident is None and "optimized_attention_override" not in extra_options:
+            parts = [self._fused(segment, q, k, v, extra_options) for segment in segments]
+        else:
+            base = (self.resident or dense_attention)(q, k, v, extra_options)
+            parts = [self._added(segment, base, q, k, v, extra_options) for segment in segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _fused(self, segment: Segment, q, k, v, extra_options) -> torch.Tensor:
+        if not segment.active:
+            rows = segment.rows
+            return dense_attention(q[rows], k[rows], v[rows], extra_options)
+        return self._pladis(pladis_attention, segment, q, k, v, extra_options["n_heads"])
+
+    def _added(self, segment: Segment, base, q, k, v, extra_options) -> torch.Tensor:
+        rows = base[segment.rows]
+        if not segment.active:
+            return rows
+        return rows + self._pladis(pladis_correction, segment, q, k, v, extra_options["n_heads"]).to(rows.dtype)
+
+    def _pladis(self, function, segment: Segment, q, k, v, heads: int) -> torch.Tensor:
+        q, k, v = (t[segment.rows] for t in (q, k[:, : segment.length], v[:, : segment.length]))
+        mask = repeat_mask(k, v) if segment.length is None else None
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        out = function(q, k, v, mask, lam=self.settings.scale, alpha=self.settings.alpha)
+        return out.transpose(1, 2).flatten(2)
+
+    def _segments(self, q: torch.Tensor, k: torch.Tensor, extra_options: dict[str, Any]) -> list[Segment]:
+        if q.shape[0] != k.shape[0]:
+            raise RuntimeError(
+                f"PLADIS: the latents have {q.shape[0]} rows here and the text has {k.shape[0]}: another node appended "
+                "prompts to the text inside the model (ComfyUI-NAG's samplers do), and no attention replacement can "
+                "run together with that. Use a NAG node that patches the MODEL, or remove Apply PLADIS."
+            )
+        chunks = self._chunks(q.shape[0], k.shape[1], extra_options)
+        share = q.shape[0] // len(chunks)
+        segments, start = [], 0
+        for (length, active), group in groupby(chunks, lambda c: (c.length, self._wants(c))):
+            stop = start + share * len(list(group))
+            segments.append(Segment(slice(start, stop), length, active))
+            start = stop
+        return segments
+
+    def _wants(self, chunk: Chunk) -> bool:
+        return self.settings.apply_to in ("both", chunk.role)
+
+    def _chunks(self, rows: int, tokens: int, extra_options: dict[str, Any]) -> list[Chunk]:
+        """The conditionings of q's rows; other packs' attn2 patches may have changed rows or tokens in between."""
+        call = self.call
+        if rows == call.rows and tokens == call.tokens:
+            return list(call.chunks)
+        if rows == call.rows:
+            return [Chunk(chunk.role, None) for chunk in call.chunks]
+        if self.settings.apply_to == "both":
+            return [Chunk("positive", None)]
+        # ComfyUI-ppm's Attention Couple says which conditioning each share of the enlarged batch came from
+        couple = extra_options.get("cond_or_uncond_couple")
+        if couple and rows % len(couple) == 0:
+            return [Chunk("negative" if index == 1 else "positive", None) for index in couple]
+        raise RuntimeError(
+            f"PLADIS: another node enlarged the batch from {call.rows} to {rows} rows in the cross-attention, so which "
+            f"rows are {self.settings.apply_to} cannot be told. Set apply_to to both."
+        )
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+    """What the host does without a hook (CrossAttention.forward), attention overrides included."""
+    return attention.optimized_attention(
+        q,
+        k,
+        v,
+        extra_options["n_heads"],
+        attn_precision=extra_options["attn_precision"],
+        transformer_options=extra_options,
+    )

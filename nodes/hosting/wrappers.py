@@ -1,0 +1,104 @@
+"""How PLADIS gets into a model call: keyed wrappers on the MODEL, which take no hook slot before it.
+
+At each model call APPLY_MODEL sees the final transformer_options, with the patches of nodes wired before and after. On
+its own copy it puts a hook in front of whatever sits in each slot. Nothing is left behind when the call returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+
+from .conditioning import GUIDER_KEY, TABLE_KEY, GuiderConds, batch_chunks, read_conditioning
+from .hook import ModelCall, PladisHook
+from .settings import Settings
+
+KEY = "pladis"
+
+
+def apply_settings(model, settings: Settings):
+    """A clone of MODEL with PLADIS. Settings of an earlier Apply node stay on the layers that these do not cover."""
+    model = model.clone()
+    earlier = [s for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for s in wrapper.settings]
+    kept = (s.without(settings.layers) for s in earlier)
+    everything = (*(s for s in kept if s.layers), settings)
+    wrappers = {
+        WrappersMP.APPLY_MODEL: ApplyModel(everything),
+        WrappersMP.CALC_COND_BATCH: calc_cond_batch,
+        WrappersMP.PREDICT_NOISE: predict_noise,
+    }
+    if all(s.apply_to == "both" for s in everything):
+        del wrappers[WrappersMP.PREDICT_NOISE]
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH, WrappersMP.PREDICT_NOISE):
+        model.remove_wrappers_with_key(kind, KEY)
+        if kind in wrappers:
+            model.add_wrapper_with_key(kind, KEY, wrappers[kind])
+    return model
+
+
+def predict_noise(executor, x, timestep, model_options: dict[str, Any], seed=None):
+    """PREDICT_NOISE wrapper: hands the guider's names of the conditionings down to `calc_cond_batch`."""
+    guider = GuiderConds(executor.class_obj.conds)
+    return executor(x, timestep, _with_option(model_options, GUIDER_KEY, guider), seed)
+
+
+def calc_cond_batch(executor, model, conds, x_in, timestep, model_options: dict[str, Any]):
+    """CALC_COND_BATCH wrapper: hands each conditioning's role and own length down to the model call."""
+    table = read_conditioning(conds, model_options["transformer_options"].get(GUIDER_KEY))
+    return executor(model, conds, x_in, timestep, _with_option(model_options, TABLE_KEY, table))
+
+
+def _with_option(model_options: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    return {**model_options, "transformer_options": {**model_options["transformer_options"], key: value}}
+
+
+@dataclass(frozen=True)
+class ApplyModel:
+    """APPLY_MODEL wrapper (comfy/model_base.py, BaseModel.apply_model): installs the hooks of this model call."""
+
+    settings: tuple[Settings, ...]
+
+    def __call__(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **extra):
+        transformer_options = transformer_options or {}
+        active = self._active(t, executor.class_obj.model_sampling) if c_crossattn is not None else []
+        if active:
+            call = ModelCall(x.shape[0], c_crossattn.shape[1], batch_chunks(transformer_options))
+            roles = {"both", *(chunk.role for chunk in call.chunks)}
+            for settings in (s for s in active if s.apply_to in roles):
+                transformer_options = _install(transformer_options, settings, call)
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **extra)
+
+    def _active(self, t, model_sampling) -> list[Settings]:
+        candidates = [s for s in self.settings if not s.is_off]
+        if all(s.whole_schedule for s in candidates):
+            return candidates
+        # the only synchronisation of a model call
+        sigma = float(t.max())
+        return [s for s in candidates if s.covers_sigma(sigma, model_sampling)]
+
+
+def _install(transformer_options: dict[str, Any], settings: Settings, call: ModelCall) -> dict[str, Any]:
+    """A copy of transformer_options with a hook for every layer, in front of the one that the host would have called."""
+    options = transformer_options.copy()
+    replace = options["patches_replace"] = options.get("patches_replace", {}).copy()
+    for slot in {layer.slot for layer in settings.layers}:
+        residents = replace.get(slot, {})
+        replace[slot] = residents.copy()
+        for layer in (layer for layer in settings.layers if layer.slot == slot):
+            resident = residents.get(layer.key, residents.get(layer.key[:2]))
+            replace[slot][layer.key] = PladisHook(settings, call, resident)
+    if any(layer.slot == "attn1" for layer in settings.layers):
+        _give_attn1_a_value(options)
+    return options
+
+
+def _give_attn1_a_value(options: dict[str, Any]) -> None:
+    """The host sets the value of a replaced attn1 that is cross-attention only where an attn1_patch is present."""
+    patches = options["patches"] = options.get("patches", {}).copy()
+    patches["attn1_patch"] = [*patches.get("attn1_patch", []), _unchanged]
+
+
+def _unchanged(n, context, value, extra_options):
+    return n, context, value

@@ -1,0 +1,204 @@
+"""Public functions: validate, choose a backend, call it. Imports no optional backend.
+
+PLADIS (K. Kim, B. Sim, ICCV 2025, https://arxiv.org/abs/2503.07677) replaces, in a text cross-attention layer,
+softmax(S) by (1 - lam) * softmax(S) + lam * entmax_alpha(S), S the scaled scores.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .impl import eager
+
+BACKENDS = ("auto", "reference", "eager")
+
+
+def entmax(scores: torch.Tensor, alpha: float = 1.5, dim: int = -1) -> torch.Tensor:
+    """alpha-entmax of `scores` over `dim` (Peters, Niculae, Martins 2019, eq. 10).
+
+    Args:
+        scores: any shape, a floating dtype; -inf marks a masked entry.
+        alpha: 1 is softmax, 1.5 entmax-1.5, 2 sparsemax. Going higher gives more exact zeros.
+        dim: the axis that sums to 1.
+
+    Returns:
+        Weights of the shape of `scores`, float32 (float64 for float64 scores). Masked entries are exactly 0, and a
+        slice whose entries are all masked is all 0.
+
+    Raises:
+        ValueError: alpha outside [1, 2], `dim` out of range, scores not floating point.
+    """
+    return pladis_weights(scores, lam=1.0, alpha=alpha, dim=dim)
+
+
+def pladis_weights(scores: torch.Tensor, lam: float = 2.0, alpha: float = 1.5, dim: int = -1) -> torch.Tensor:
+    """(1 - lam) * softmax(scores) + lam * entmax_alpha(scores) over `dim` (PLADIS, eq. 11).
+
+    Args:
+        scores: any shape, a floating dtype; -inf marks a masked entry.
+        lam: 0 is softmax, 1 is entmax, above 1 extrapolates past it: the keys that entmax prunes get negative weight.
+        alpha: as in `entmax`.
+        dim: the axis that sums to 1.
+
+    Returns:
+        Weights of the shape of `scores`, float32 (float64 for float64 scores).
+
+    Raises:
+        ValueError: alpha outside [1, 2], lam not finite, `dim` out of range, scores not floating point.
+    """
+    _check_mix(lam, alpha)
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be floating point, not {scores.dtype}: convert them with .float()")
+    if not -scores.ndim <= dim < scores.ndim:
+        raise ValueError(f"dim {dim} is out of range for scores of shape {tuple(scores.shape)}")
+    if _wants_grad(scores):
+        from .impl import reference
+
+        return reference.mix_weights(scores, alpha, dim, 1.0 - lam, lam)
+    return eager.mix_weights(scores, alpha, dim, 1.0 - lam, lam)
+
+
+def pladis_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    *,
+    lam: float = 2.0,
+    alpha: float = 1.5,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """PLADIS attention (eq. 11); reads like `torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        query: (B, H, Lq, D).
+        key: (B, Hkv, Lk, D).
+        value: (B, Hkv, Lk, Dv).
+        attn_mask: broadcastable to (B, H, Lq, Lk). Boolean (True takes part) or additive; -inf or the lowest finite
+            value of its dtype means masked.
+        scale: factor on query @ key^T; D ** -0.5 when None.
+        lam: 0 is the dense layer, 1 the purely sparse one, 2 the paper's choice. Going higher pushes further away from
+            what entmax prunes.
+        alpha: 1 <= alpha <= 2. Going higher prunes more keys.
+        enable_gqa: H may be a multiple of Hkv; consecutive query heads share a key head.
+        backend: "auto", "eager" (portable PyTorch, no gradients) or "reference" (materialised, on the `entmax`
+            package, differentiable). "auto" is eager, and reference where a gradient is wanted.
+
+    Returns:
+        (B, H, Lq, Dv) in query's dtype. Scores and weights are float32 or wider whatever the input dtype. A query whose
+        keys are all masked gets 0. Finite inputs give finite outputs.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, alpha outside [1, 2], lam or scale not finite, an unknown
+            backend, or a gradient asked of the eager backend.
+        ImportError: the reference backend without the `entmax` package.
+    """
+    _check_mix(lam, alpha)
+    return _attend(query, key, value, attn_mask, scale, alpha, 1.0 - lam, lam, None, enable_gqa, backend)
+
+
+def pladis_correction(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    *,
+    lam: float = 2.0,
+    alpha: float = 1.5,
+    mass: torch.Tensor | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """lam * mass * (entmax_alpha(S) - softmax(S)) @ value: what turns a dense attention output into PLADIS.
+
+    Add it onto an output that somebody else computed. When these keys are only a part of a longer row (joint
+    attention), `mass` is the dense attention mass that the row puts on them; the sum then keeps that mass.
+
+    Args:
+        mass: broadcastable to (B, H, Lq, 1); 1 when None.
+        Others: as in `pladis_attention`.
+
+    Returns:
+        (B, H, Lq, Dv) in query's dtype.
+
+    Raises:
+        ValueError, ImportError: as in `pladis_attention`; also a mass that does not broadcast.
+    """
+    _check_mix(lam, alpha)
+    return _attend(query, key, value, attn_mask, scale, alpha, -lam, lam, mass, enable_gqa, backend)
+
+
+def _attend(query, key, value, attn_mask, scale, alpha, dense, sparse, mass, enable_gqa, backend) -> torch.Tensor:
+    """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value on the chosen backend."""
+    _check_tensors(query, key, value, enable_gqa)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, not {scale}")
+    rows = query.shape[:-1]
+    attn_mask = _broadcast("attn_mask", attn_mask, (*rows, key.shape[-2]))
+    mass = _broadcast("mass", mass, (*rows, 1))
+    implementation = _backend(backend, query, key, value, attn_mask, mass)
+    return implementation.attend(query, key, value, attn_mask, scale, alpha, dense, sparse, mass)
+
+
+def _backend(name: str, *tensors: torch.Tensor | None):
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    wants_grad = _wants_grad(*tensors)
+    if name == "eager" and wants_grad:
+        raise ValueError("backend 'eager' has no gradient: use backend='reference', or torch.no_grad()")
+    if name == "reference" or wants_grad:
+        from .impl import reference
+
+        return reference
+    return eager
+
+
+def _wants_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_mix(lam: float, alpha: float) -> None:
+    if not 1.0 <= alpha <= 2.0:
+        raise ValueError(f"alpha must lie in [1, 2] (1 is softmax, 2 is sparsemax), not {alpha}")
+    if not math.isfinite(lam):
+        raise ValueError(f"lam must be finite, not {lam}")
+
+
+def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be (batch, heads, length, head_dim), not of shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device} and query on {query.device}: move them to one device")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in batch, heads or length"
+        )
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(f"query has batch {query.shape[0]} and key has batch {key.shape[0]}")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query has head_dim {query.shape[3]} and key has head_dim {key.shape[3]}")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads == kv_heads:
+        return
+    if not enable_gqa:
+        raise ValueError(f"query has {heads} heads and key has {kv_heads}: pass enable_gqa=True for grouped heads")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
+
+
+def _broadcast(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    try:
+        return tensor.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not broadcast to {tuple(shape)}") from None

@@ -1,0 +1,64 @@
+"""Mathematics that every backend uses unchanged: how scores stay finite, what a mask means."""
+
+from __future__ import annotations
+
+import torch
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64: entmax thresholds in 16 bit lose supports and row sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_keys(key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """key (..., Lk, D) as (unit, gain) with scale * key = gain * unit and the 1-norm of every unit row at most 1.
+
+    query @ unit^T then cannot overflow, whatever the magnitudes. The factors are powers of two times |scale|; gain is
+    (..., 1, 1).
+    """
+    span = 2.0 ** (max(key.shape[-1], 1)).bit_length()
+    if key.numel() == 0:
+        return key, key.new_ones(*key.shape[:-2], 1, 1)
+    peak = key.abs().amax((-2, -1), keepdim=True).clamp_(min=1.0)
+    peak = torch.exp2(peak.log2_().ceil_().clamp_(max=127.0))
+    unit = key / peak / (-span if scale < 0 else span)
+    gain = (peak * (abs(scale) * span)).clamp_(max=torch.finfo(key.dtype).max)
+    return unit, gain
+
+
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean or additive mask as additive, with -inf for every masked key.
+
+    The lowest finite value of an additive mask's dtype counts as masked: hosts write it where they mean -inf.
+    """
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    masked = mask <= torch.finfo(mask.dtype).min
+    return mask.to(dtype).masked_fill(masked, -torch.inf)
+
+
+def centred(scores: torch.Tensor, gain: torch.Tensor, mask: torch.Tensor | None, dim: int) -> torch.Tensor:
+    """gain * scores + mask, minus its maximum over `dim`: at most 0, and -inf where masked. No NaN; all -inf stays."""
+    lowest = torch.finfo(scores.dtype).min
+    if mask is None:
+        peak = scores.amax(dim, keepdim=True).clamp(min=lowest)
+        return scores.sub(peak).mul_(gain)
+    # a quarter of the range, so that adding a mask of half of it cannot overflow
+    scores = scores.mul(gain).clamp_(lowest / 4, -lowest / 4) + mask.clamp(max=-lowest / 4)
+    peak = scores.amax(dim, keepdim=True).clamp(min=lowest)
+    return scores.sub_(peak)
+
+
+def bounded_value(value: torch.Tensor, dense: float, sparse: float) -> torch.Tensor:
+    """value, clamped so that no mix of weights dense * p + sparse * q can overflow. Touches only the top of the range.
+    """
+    limit = torch.finfo(value.dtype).max / max(1.0, 2.0 * (abs(dense) + abs(sparse)))
+    return value.clamp(-limit, limit)
+
+
+def to_dtype(out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """out in `dtype`, saturated: extrapolation can leave the range of 16-bit floats that the inputs were in."""
+    if out.dtype == dtype:
+        return out
+    limit = torch.finfo(dtype).max
+    return out.clamp(-limit, limit).to(dtype)

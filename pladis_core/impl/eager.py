@@ -1,0 +1,155 @@
+"""Portable PyTorch: a chunk of queries at a time, so that the passes stay in cache and no whole map is ever kept.
+
+The threshold of alpha-entmax. With b = alpha - 1, p = 1 / b and scores c <= 0 whose maximum is 0,
+
+    entmax(c)_i = [b * z_i]^p,   z_i = [c_i - tau]_+,   tau such that the weights sum to 1, i.e. ||z||_p = p.
+
+The p-norm of z is a convex, decreasing function of tau, so Newton's method from the left of the root is monotone and
+cannot overshoot. Newton on the norm, rather than on the sum, makes the step exact when all scores are equal and when
+alpha -> 1 (where it reads u += log sum exp(c - u)), and needs about half as many steps in between. A start left of the
+root: tau >= -p (the largest score alone) and tau >= mean(c) - p * n^-b (power means). With t = ||z||_p - p, every step
+shrinks t * |t'| at least fourfold (t convex), and it starts below p * n^(2b): the number of steps is known beforehand,
+no convergence test, no host synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .common import additive_mask, bounded_value, centred, compute_dtype, to_dtype, unit_keys
+
+# Bytes of one score buffer, of which a chunk keeps at most five: near a core's cache, and enough work per kernel launch.
+CPU_BUFFER_BYTES = 3 << 19
+DEVICE_BUFFER_BYTES = 8 << 20
+
+
+def newton_steps(keys: int, alpha: float) -> int:
+    """Steps that reach the float32 floor for any scores of `keys` entries (see the module's docstring)."""
+    return 2 + math.ceil(0.75 * (alpha - 1.0) * math.log2(max(keys, 1)))
+
+
+def entmax_numerators(scores: torch.Tensor, alpha: float, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unnormalised alpha-entmax weights of centred scores (maximum 0) and their sum over `dim`; 0 where all is -inf.
+
+    The sum is 1 up to rounding; dividing by it is the exact last step.
+    """
+    if alpha == 1.0:
+        weights = scores.exp()
+    elif alpha in (1.5, 2.0):
+        weights = _polynomial_numerators(scores, alpha, dim)
+    else:
+        weights = _generic_numerators(scores, alpha, dim)
+    return weights, weights.sum(dim, keepdim=True)
+
+
+def _start(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
+    """A threshold left of the root, exact for equal scores."""
+    power = 1.0 / (alpha - 1.0)
+    jensen = scores.mean(dim, keepdim=True).sub_(power * scores.shape[dim] ** (1.0 - alpha))
+    return jensen.clamp_(min=-power)
+
+
+def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
+    """p = 2 (entmax-1.5) or p = 1 (sparsemax): the Newton step needs sums of z and z^2, or of z and its support."""
+    tiny = torch.finfo(scores.dtype).tiny
+    tau = _start(scores, alpha, dim)
+    z, other = torch.empty_like(scores), torch.empty_like(scores)
+    for _ in range(newton_steps(scores.shape[dim], alpha)):
+        torch.sub(scores, tau, out=z).clamp_(min=0.0)
+        total = z.sum(dim, keepdim=True)
+        if alpha == 1.5:
+            norm = torch.mul(z, z, out=other).sum(dim, keepdim=True).sqrt_()
+            tau += (norm - 2.0) * norm / total.clamp_(min=tiny)
+        else:
+            support = torch.sign(z, out=other).sum(dim, keepdim=True)
+            tau += (total - 1.0) / support.clamp_(min=1.0)
+    torch.sub(scores, tau, out=z).clamp_(min=0.0)
+    return z if alpha == 2.0 else z.square_()
+
+
+def _generic_numerators(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
+    """Any alpha in (1, 2): weights as exp(log1p(b * (c - u)) / b) with tau = u - p, which stays exact as alpha -> 1."""
+    b = alpha - 1.0
+    tiny = torch.finfo(scores.dtype).tiny
+    u = _start(scores, alpha, dim).add_(1.0 / b)
+    base, weights = torch.empty_like(scores), torch.empty_like(scores)
+
+    def solve_weights() -> torch.Tensor:
+        torch.sub(scores, u, out=base).mul_(b).clamp_(min=-1.0)
+        return torch.log1p(base, out=weights).mul_(1.0 / b).exp_()
+
+    for _ in range(newton_steps(scores.shape[dim], alpha)):
+        total = solve_weights().sum(dim, keepdim=True)
+        slope = weights.div_(base.add_(1.0).clamp_(min=tiny)).sum(dim, keepdim=True)
+        # (||.||_p - p) / |slope of the norm| with the norm's p-th power in `total`, through logs for small b
+        log_total = total.clamp_(min=tiny).log_()
+        step = torch.expm1(log_total * b) * torch.exp(log_total * (1.0 - b)) / b
+        u += (step / slope.clamp_(min=tiny)).clamp_(min=-1.0)
+    return solve_weights()
+
+
+def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float) -> torch.Tensor:
+    """dense * softmax(scores) + sparse * entmax_alpha(scores) over `dim`, in float32 or wider; 0 where all is masked."""
+    scores = scores.to(compute_dtype(scores.dtype))
+    if scores.numel() == 0:
+        return scores.clone()
+    peak = scores.amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    return _mix(scores - peak, alpha, dim, dense, sparse)
+
+
+def _mix(scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float) -> torch.Tensor:
+    """The same on centred scores, which it overwrites."""
+    tiny = torch.finfo(scores.dtype).tiny
+    if alpha == 1.0:
+        dense, sparse = dense + sparse, 0.0
+    if sparse == 0.0:
+        weights = scores.exp_()
+        return weights.mul_(dense / weights.sum(dim, keepdim=True).clamp_(min=tiny))
+    weights, total = entmax_numerators(scores, alpha, dim)
+    weights.mul_(sparse / total.clamp_(min=tiny))
+    if dense != 0.0:
+        softmax = scores.exp_()
+        weights.addcmul_(softmax, dense / softmax.sum(dim, keepdim=True).clamp_(min=tiny))
+    return weights
+
+
+def chunk_shape(heads: int, queries: int, keys: int, device: torch.device, itemsize: int) -> tuple[int, int]:
+    """(heads, queries) of one chunk: whole heads where several fit into a buffer, else a part of one head."""
+    budget = (CPU_BUFFER_BYTES if device.type == "cpu" else DEVICE_BUFFER_BYTES) // itemsize
+    rows = max(1, budget // keys)
+    if rows >= queries:
+        return max(1, min(heads, rows // queries)), queries
+    return 1, rows
+
+
+def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.Tensor:
+    """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[-2]
+    # laid out [B, Lq, H, Dv], which is what a caller that merges the heads wants without a copy
+    out = query.new_zeros(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    if out.numel() == 0 or keys == 0:
+        return out
+    dtype = compute_dtype(query.dtype)
+    groups = heads // key.shape[1]
+    key, value = (t.to(dtype).repeat_interleave(groups, dim=1) if groups > 1 else t.to(dtype) for t in (key, value))
+    value = bounded_value(value, dense, sparse)
+    unit, gain = unit_keys(key, scale)
+    step_h, step_q = chunk_shape(heads, queries, keys, query.device, unit.element_size())
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        for b in range(batch):
+            for h in range(0, heads, step_h):
+                head = (b, slice(h, h + step_h))
+                for start in range(0, queries, step_q):
+                    rows = (*head, slice(start, start + step_q))
+                    # keys before queries: reductions over keys then run along contiguous queries
+                    scores = unit[head] @ query[rows].to(dtype).mT
+                    bias = None if mask is None else additive_mask(mask[rows], dtype).mT
+                    weights = _mix(centred(scores, gain[head], bias, dim=-2), alpha, -2, dense, sparse)
+                    part = weights.mT @ value[head]
+                    if mass is not None:
+                        part.mul_(mass[rows])
+                    out[rows] = to_dtype(part, query.dtype)
+    return out
