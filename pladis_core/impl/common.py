@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -16,11 +18,12 @@ def unit_keys(key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tens
     query @ unit^T then cannot overflow, whatever the magnitudes. The factors are powers of two times |scale|; gain is
     (..., 1, 1).
     """
-    span = 2.0 ** (max(key.shape[-1], 1)).bit_length()
+    span = 4.0 * 2.0 ** key.shape[-1].bit_length()
+    top = math.floor(math.log2(torch.finfo(key.dtype).max))
     if key.numel() == 0:
         return key, key.new_ones(*key.shape[:-2], 1, 1)
-    peak = key.abs().amax((-2, -1), keepdim=True).clamp_(min=1.0)
-    peak = torch.exp2(peak.log2_().ceil_().clamp_(max=127.0))
+    peak = key.detach().abs().amax((-2, -1), keepdim=True).clamp_(min=1.0)
+    peak = torch.exp2(peak.log2_().ceil_().clamp_(max=top))
     unit = key / peak / (-span if scale < 0 else span)
     gain = (peak * (abs(scale) * span)).clamp_(max=torch.finfo(key.dtype).max)
     return unit, gain
@@ -41,11 +44,11 @@ def centred(scores: torch.Tensor, gain: torch.Tensor, mask: torch.Tensor | None,
     """gain * scores + mask, minus its maximum over `dim`: at most 0, and -inf where masked. No NaN; all -inf stays."""
     lowest = torch.finfo(scores.dtype).min
     if mask is None:
-        peak = scores.amax(dim, keepdim=True).clamp(min=lowest)
+        peak = scores.detach().amax(dim, keepdim=True).clamp(min=lowest)
         return scores.sub(peak).mul_(gain)
     # a quarter of the range, so that adding a mask of half of it cannot overflow
     scores = scores.mul(gain).clamp_(lowest / 4, -lowest / 4) + mask.clamp(max=-lowest / 4)
-    peak = scores.amax(dim, keepdim=True).clamp(min=lowest)
+    peak = scores.detach().amax(dim, keepdim=True).clamp(min=lowest)
     return scores.sub_(peak)
 
 
