@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+NO_HOST = "no ComfyUI at "
 
 package = types.ModuleType("pladis_pack")
 package.__path__ = [str(ROOT)]
 sys.modules.setdefault("pladis_pack", package)
+
+# tests/host runs in ComfyUI's own Python: test_hosts.py starts it
+collect_ignore = [] if "PLADIS_HOST" in os.environ else ["host"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "host":
+                terminalreporter.write_line(value)
+    skipped = [r for r in terminalreporter.getreports("skipped") if NO_HOST in str(r.longrepr)]
+    if "PLADIS_HOST" not in os.environ:
+        terminalreporter.write_line(f"{len(skipped)} test files skipped because no ComfyUI was found for them")

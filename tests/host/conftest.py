@@ -1,0 +1,23 @@
+"""Runs inside ComfyUI's Python, on the CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, os.environ["COMFYUI_PATH"])
+arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.cli_args  # noqa: E402, F401
+
+sys.argv = arguments
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

@@ -1,0 +1,204 @@
+"""Beside other patches on the same attention, in either order of the nodes."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from comfy.ldm.modules import attention
+from pladis_pack.nodes.hosting import hook
+from pladis_pack.nodes.hosting.conditioning import repeat_mask
+from tiny import apply
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    return tiny.patcher("SD15")
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+class Adapter:
+    """Dense attention plus a term of its own, as image adapters do, and like theirs it expects its own kind in a slot."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, q, k, v, extra_options):
+        self.calls += 1
+        return attention.optimized_attention(q, k, v, extra_options["n_heads"]) + 0.3 * q
+
+    def patch(self, model, parts: int):
+        model = model.clone()
+        for name, number in (("middle", 0), ("output", 3), ("input", 4)):
+            slot = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
+            assert (name, number) not in slot and (name, number, 0) not in slot, "the slot must be free"
+            model.set_model_attn2_replace(self, name, number, 0 if parts == 3 else None)
+        return model
+
+
+@pytest.mark.parametrize("parts", (2, 3))
+def test_a_foreign_hook_is_kept_in_both_orders(sd15, parts):
+    adapter = Adapter()
+    alone = tiny.sample(adapter.patch(sd15, parts))
+    count = adapter.calls
+    before = tiny.sample(apply(adapter.patch(sd15, parts)))
+    after = tiny.sample(adapter.patch(apply(sd15), parts))
+    assert torch.equal(before, after)
+    assert adapter.calls == 3 * count > 0
+    assert relative(before, alone) > 1e-3
+    assert relative(before, tiny.sample(apply(sd15))) > 1e-3
+    assert torch.equal(tiny.sample(adapter.patch(apply(sd15, scale=0.0), parts)), alone)
+
+
+def test_resident_plus_correction():
+    """On a hook that computes plain attention the sum is what the fused pass gives."""
+    q, k, v = torch.randn(2, 20, 32), torch.randn(2, 77, 32), torch.randn(2, 77, 32)
+    options = {"n_heads": 4, "attn_precision": None}
+    call = hook.ModelCall(2, 77, (hook.Chunk("positive", 77), hook.Chunk("negative", 77)))
+    settings = hook.Settings(frozenset())
+    resident = hook.PladisHook(settings, call, lambda q, k, v, o: attention.optimized_attention(q, k, v, 4))
+    fused = hook.PladisHook(settings, call, None)
+    torch.testing.assert_close(resident(q, k, v, options), fused(q, k, v, options), atol=1e-5, rtol=1e-5)
+
+
+def test_a_foreign_attn1_hook_is_kept_on_the_upscaler():
+    model = tiny.patcher("X4 upscaler")
+    calls = []
+
+    def foreign(q, k, v, extra_options):
+        calls.append(1)
+        return attention.optimized_attention(q, k, v, extra_options["n_heads"]) + 0.3 * q
+
+    def patch(model):
+        model = model.clone()
+        # the host itself needs an attn1_patch beside a replaced cross-attending attn1
+        model.set_model_attn1_patch(lambda n, context, value, extra_options: (n, context, value))
+        model.set_model_attn1_replace(foreign, "output", 0)
+        return model
+
+    before, after = tiny.sample(apply(patch(model))), tiny.sample(patch(apply(model)))
+    assert torch.equal(before, after)
+    assert calls
+
+
+@pytest.mark.parametrize("first", (True, False))
+def test_attn2_patches_and_output_patches_are_untouched(sd15, first):
+    calls = {"in": 0, "out": 0}
+
+    def attn2_patch(n, context, value, extra_options):
+        calls["in"] += 1
+        return n, context * 1.5, value
+
+    def output_patch(n, extra_options):
+        calls["out"] += 1
+        return n * 0.5
+
+    def patch(model):
+        model = model.clone()
+        model.set_model_attn2_patch(attn2_patch)
+        model.set_model_attn2_output_patch(output_patch)
+        return model
+
+    out = tiny.sample(apply(patch(sd15)) if first else patch(apply(sd15)), steps=1)
+    assert calls == {"in": 16, "out": 16}
+    assert relative(out, tiny.sample(apply(sd15), steps=1)) > 1e-3
+    assert relative(out, tiny.sample(patch(sd15), steps=1)) > 1e-3
+
+
+@pytest.mark.parametrize("first", (True, False))
+def test_an_attention_override_still_computes_the_dense_part(sd15, first):
+    calls = []
+
+    def override(func, *args, **kwargs):
+        calls.append(kwargs["transformer_options"]["block"])
+        return func(*args, **kwargs)
+
+    def patch(model):
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = override
+        return model
+
+    out = tiny.sample(apply(patch(sd15)) if first else patch(apply(sd15)), steps=1)
+    # self- and cross-attention of all sixteen blocks
+    assert len(calls) == 32
+    assert relative(out, tiny.sample(apply(sd15), steps=1)) < 1e-5
+
+
+def couple_patch(contexts):
+    """As Attention Couple packs do: the positive rows once per region, contexts repeated to a common length."""
+
+    def patch(n, context, value, extra_options):
+        rows, texts = [], []
+        for i, kind in enumerate(extra_options["cond_or_uncond"]):
+            own = [context[i : i + 1]] if kind == 1 else [context[i : i + 1], *contexts]
+            texts += [text.repeat(1, 154 // text.shape[1], 1) for text in own]
+            rows += [n[i : i + 1]] * len(own)
+        return torch.cat(rows), torch.cat(texts), torch.cat(texts)
+
+    return patch
+
+
+def couple_output(n, extra_options):
+    out, i = [], 0
+    for kind in extra_options["cond_or_uncond"]:
+        count = 1 if kind == 1 else 2
+        out.append(n[i : i + count].mean(0, keepdim=True))
+        i += count
+    return torch.cat(out)
+
+
+def test_an_enlarged_batch_with_repeated_contexts(sd15, monkeypatch):
+    """Each region counts its own tokens once, though this pack repeats them itself: the same as with lengths known."""
+    region = tiny.prompt(41, 77)[0][0]
+    seen = []
+    original = hook.pladis_attention
+
+    def record(q, k, v, mask=None, **options):
+        seen.append((q, k, v, mask, original(q, k, v, mask, **options)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(hook, "pladis_attention", record)
+    model = sd15.clone()
+    model.set_model_attn2_patch(couple_patch([region]))
+    model.set_model_attn2_output_patch(couple_output)
+    tiny.sample(apply(model), steps=1)
+    assert len(seen) == 16
+    for q, k, v, _, out in seen:
+        assert q.shape[0] == 3
+        expected = original(q, k[:, :, :77], v[:, :, :77], lam=2.0, alpha=1.5)
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_enlarged_batch_is_refused_where_rows_cannot_be_told(sd15):
+    model = sd15.clone()
+    model.set_model_attn2_patch(couple_patch([tiny.prompt(41, 77)[0][0]]))
+    model.set_model_attn2_output_patch(couple_output)
+    with pytest.raises(RuntimeError, match="from 2 to 3 rows.*Set apply_to to both"):
+        tiny.sample(apply(model, apply_to="positive"), steps=1)
+
+
+def test_prompts_appended_inside_the_model_are_never_merged(sd15):
+    """ComfyUI-NAG lengthens the batch of the text only; reshaping it onto the latents would mix prompts."""
+
+    def append(n, context, value, extra_options):
+        longer = torch.cat([context, context[:1]])
+        return n, longer, longer
+
+    model = sd15.clone()
+    model.set_model_attn2_patch(append)
+    with pytest.raises(RuntimeError, match="2 rows here and the text has 3.*NAG"):
+        tiny.sample(apply(model), steps=1)
+
+
+def test_repeat_mask_finds_the_smallest_period():
+    own = torch.randn(1, 77, 16)
+    other = torch.randn(1, 154, 16)
+    key = torch.cat([own.repeat(1, 2, 1), other])
+    mask = repeat_mask(key, key)
+    assert (mask[0, 0, 0, :77] == 0).all() and (mask[0, 0, 0, 77:] == -torch.inf).all()
+    assert (mask[1] == 0).all()
+    # values that do not repeat (NegPip gives keys and values signs of their own) keep every token
+    assert (repeat_mask(key[:1], other) == 0).all()

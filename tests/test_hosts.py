@@ -1,0 +1,57 @@
+"""Runs every file of tests/host in the Python of a real ComfyUI: the newest that is supported, and the oldest.
+
+The newest is looked for at $COMFYUI_PATH, else ~/comfy/ComfyUI; the oldest at $COMFYUI_PATH_OLDEST, else
+~/comfy/ComfyUI-0.20.0. Its Python is $COMFYUI_PYTHON (for the newest), else the `.venv` inside the checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import NO_HOST, ROOT
+
+HOSTS = {
+    "newest": ("COMFYUI_PATH", "~/comfy/ComfyUI"),
+    "oldest": ("COMFYUI_PATH_OLDEST", "~/comfy/ComfyUI-0.20.0"),
+}
+# pytest and entmax come from this environment where the host has none; last in line, so the host's own packages win
+BOOTSTRAP = "import sys; sys.path.extend(sys.argv.pop(1).split('\\n')); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+FILES = sorted((ROOT / "tests" / "host").glob("test_*.py"))
+
+
+def host_path(host: str) -> Path:
+    variable, default = HOSTS[host]
+    path = Path(os.environ.get(variable) or default).expanduser()
+    if not (path / "main.py").is_file():
+        pytest.skip(f"{NO_HOST}{path}: set ${variable}")
+    return path
+
+
+def host_python(host: str, path: Path) -> str:
+    candidates = [path / ".venv" / "bin" / "python", path / ".venv" / "Scripts" / "python.exe"]
+    if host == "newest" and "COMFYUI_PYTHON" in os.environ:
+        candidates = [Path(os.environ["COMFYUI_PYTHON"])]
+    for candidate in candidates:
+        if candidate.is_file():
+            return str(candidate)
+    pytest.fail(f"{path} has no .venv: set $COMFYUI_PYTHON to the Python that runs this ComfyUI")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("host", HOSTS)
+def test_host(host, file, record_property):
+    path = host_path(host)
+    ours = "\n".join(p for p in sys.path if "site-packages" in p)
+    result = subprocess.run(
+        [host_python(host, path), "-c", BOOTSTRAP, ours, "-q", "-p", "no:cacheprovider", str(file)],
+        env={**os.environ, "COMFYUI_PATH": str(path), "PLADIS_HOST": host},
+        cwd=path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f"{result.stdout[-8000:]}\n{result.stderr[-4000:]}"
+    record_property("host", f"{host} ComfyUI, {file.name}: {result.stdout.strip().splitlines()[-1].strip('= ')}")
