@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from comfy.ldm.modules import attention
-from pladis_pack.nodes.hosting import hook
+from pladis_pack.nodes.hosting import hook, text_layers
 from pladis_pack.nodes.hosting.conditioning import repeat_mask
 from tiny import apply
 
@@ -66,6 +66,7 @@ def test_resident_plus_correction():
 
 def test_a_foreign_attn1_hook_is_kept_on_the_upscaler():
     model = tiny.patcher("X4 upscaler")
+    cross_attending = next(layer.key for layer in text_layers(model) if layer.slot == "attn1")
     calls = []
 
     def foreign(q, k, v, extra_options):
@@ -76,7 +77,7 @@ def test_a_foreign_attn1_hook_is_kept_on_the_upscaler():
         model = model.clone()
         # the host itself needs an attn1_patch beside a replaced cross-attending attn1
         model.set_model_attn1_patch(lambda n, context, value, extra_options: (n, context, value))
-        model.set_model_attn1_replace(foreign, "output", 0)
+        model.set_model_attn1_replace(foreign, *cross_attending)
         return model
 
     before, after = tiny.sample(apply(patch(model))), tiny.sample(patch(apply(model)))

@@ -60,10 +60,10 @@ def oracle_attention(module):
 
     def forward(x, context=None, value=None, mask=None, transformer_options=None):
         q, k, v = module.to_q(x), module.to_k(context), module.to_v(context)
-        q, k, v = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2).double() for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2) for t in (q, k, v))
         scores = q @ k.mT * module.dim_head**-0.5
         out = (2 * entmax.entmax15(scores, -1) - scores.softmax(-1)) @ v
-        return module.to_out(out.transpose(1, 2).flatten(2).float())
+        return module.to_out(out.transpose(1, 2).flatten(2))
 
     return forward
 
@@ -222,7 +222,7 @@ def test_window_follows_a_model_sampling_node_wired_later(sd15, hooked_sigmas):
         tiny.sample(patched, steps=8)
         low, high = (float(sampling.percent_to_sigma(p)) for p in (0.6, 0.2))
         expected = {float(s) for s in sigmas if low <= s <= high}
-        assert hooked_sigmas == pytest.approx(expected)
+        assert sorted(hooked_sigmas) == pytest.approx(sorted(expected))
         assert 0 < len(expected) < 8
         schedule.add(frozenset(hooked_sigmas))
     assert len(schedule) == 2

@@ -1,4 +1,7 @@
-"""Small randomly initialised models of every U-Net layout, built from the host's own classes, and how to sample them."""
+"""Small randomly initialised models of every U-Net layout, built from the host's own classes, and how to sample them.
+
+In float64: random weights make a network chaotic, and rounding errors must stay apart from differences that count.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ def initialise(module: torch.nn.Module) -> None:
         else:
             gain = 1.6 if ".to_q" in name or ".to_k" in name else 0.6
             fan_in = parameter[0].numel()
-            parameter.data = torch.randn(parameter.shape, generator=generator) * gain * fan_in**-0.5
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * gain * fan_in**-0.5
 
 
 def base_model(name: str) -> comfy.model_base.BaseModel:
@@ -91,7 +94,8 @@ def base_model(name: str) -> comfy.model_base.BaseModel:
     unet = {
         "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "use_spatial_transformer": True,
         "legacy": False, "use_checkpoint": False, "context_dim": TEXT_WIDTH, "num_head_channels": 16, "num_heads": -1,
-        "use_linear_in_transformer": False, "adm_in_channels": None, "use_temporal_attention": False, **layout,
+        "use_linear_in_transformer": False, "adm_in_channels": None, "use_temporal_attention": False,
+        "dtype": torch.float64, **layout,
     }  # fmt: skip
     config = model_class(unet)
     config.unet_config.update(unet)
