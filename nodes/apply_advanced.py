@@ -17,8 +17,8 @@ class PLADISApplyAdvanced(io.ComfyNode):
             node_id="PLADISApplyAdvanced",
             display_name="Apply PLADIS (Advanced)",
             category="model/patch",
-            description="Apply PLADIS with a choice of layers and of prompts. A second Apply node further down replaces "
-            "this one on the layers that both cover.",
+            description="Apply PLADIS with a choice of layers and of prompts. A second Apply node further down "
+            "replaces this one on the layers that both cover.",
             search_aliases=SEARCH_ALIASES,
             inputs=[
                 *common_inputs(),

@@ -1,4 +1,4 @@
-"""The inputs and the output that both Apply nodes share. Names and order are carried by saved workflows: never change."""
+"""The inputs and the output that both Apply nodes share. Saved workflows carry names and order: never change them."""
 
 from __future__ import annotations
 

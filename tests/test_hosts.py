@@ -19,7 +19,12 @@ HOSTS = {
     "oldest": ("COMFYUI_PATH_OLDEST", "~/comfy/ComfyUI-0.20.0"),
 }
 # pytest and entmax come from this environment where the host has none; last in line, so the host's own packages win
-BOOTSTRAP = "import sys; sys.path.extend(sys.argv.pop(1).split('\\n')); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+BOOTSTRAP = """
+import sys
+sys.path.extend(sys.argv.pop(1).splitlines())
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 FILES = sorted((ROOT / "tests" / "host").glob("test_*.py"))
 
 

@@ -15,7 +15,7 @@ import torch
 
 TABLE_KEY = "pladis_conditioning"
 GUIDER_KEY = "pladis_guider"
-# relative to the largest entry: projections of equal tokens may differ in the last bits, other prompts differ by far more
+# relative to the largest entry: projections of equal tokens may differ in the last bits, other tokens do by far more
 REPEAT_TOLERANCE = 1e-2
 
 
@@ -58,7 +58,7 @@ def read_conditioning(conds: list[list[dict] | None], guider: GuiderConds | None
 
 
 def _role(group: list[dict], index: int, guider: GuiderConds | None) -> str:
-    """ "negative" where the guider calls it so, else "positive". Position means nothing: DualCFG puts negative first."""
+    """The guider's word decides "negative"; all else is "positive". Position does not: DualCFG puts negative first."""
     if guider is None:
         return "negative" if index == 1 else "positive"
     uuids = {cond["uuid"] for cond in group}
@@ -81,9 +81,9 @@ def batch_chunks(transformer_options: dict[str, Any]) -> tuple[Chunk, ...]:
     indices = transformer_options.get("cond_or_uncond", [0])
     if table is None:
         return tuple(Chunk("negative" if index == 1 else "positive", None) for index in indices)
-    uuids = transformer_options.get("uuids", [None] * len(indices))
+    uuids = transformer_options["uuids"]
     return tuple(
-        Chunk(table.roles.get(index, "positive"), table.lengths.get((index, uuid)))
+        Chunk(table.roles[index], table.lengths.get((index, uuid)))
         for index, uuid in zip(indices, uuids, strict=True)
     )
 

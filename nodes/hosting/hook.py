@@ -47,7 +47,9 @@ class PladisHook:
     call: ModelCall
     resident: Hook | None
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]
+    ) -> torch.Tensor:
         """q (B, Lq, H * D), k and v (B, Lk, H * D) -> (B, Lq, H * D)."""
         segments = self._segments(q, k, extra_options)
         if self.resident is None and "optimized_attention_override" not in extra_options:
@@ -98,10 +100,8 @@ class PladisHook:
     def _chunks(self, rows: int, tokens: int, extra_options: dict[str, Any]) -> list[Chunk]:
         """The conditionings of q's rows; other packs' attn2 patches may have changed rows or tokens in between."""
         call = self.call
-        if rows == call.rows and tokens == call.tokens:
-            return list(call.chunks)
-        if rows == call.rows:
-            return [Chunk(chunk.role, None) for chunk in call.chunks]
+        if rows == call.rows and rows % len(call.chunks) == 0:
+            return [Chunk(c.role, c.length if tokens == call.tokens else None) for c in call.chunks]
         if self.settings.apply_to == "both":
             return [Chunk("positive", None)]
         # ComfyUI-ppm's Attention Couple says which conditioning each share of the enlarged batch came from

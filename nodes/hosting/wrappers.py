@@ -60,7 +60,9 @@ class ApplyModel:
 
     settings: tuple[Settings, ...]
 
-    def __call__(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **extra):
+    def __call__(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **extra
+    ):
         transformer_options = transformer_options or {}
         active = self._active(t, executor.class_obj.model_sampling) if c_crossattn is not None else []
         if active:
@@ -80,7 +82,7 @@ class ApplyModel:
 
 
 def _install(transformer_options: dict[str, Any], settings: Settings, call: ModelCall) -> dict[str, Any]:
-    """A copy of transformer_options with a hook for every layer, in front of the one that the host would have called."""
+    """A copy of transformer_options with a hook for every layer, in front of the one the host would have called."""
     options = transformer_options.copy()
     replace = options["patches_replace"] = options.get("patches_replace", {}).copy()
     for slot in {layer.slot for layer in settings.layers}:

@@ -20,7 +20,7 @@ import torch
 
 from .common import additive_mask, bounded_value, centred, compute_dtype, to_dtype, unit_keys
 
-# Bytes of one score buffer, of which a chunk keeps at most five: near a core's cache, and enough work per kernel launch.
+# Bytes of one score buffer, of which a chunk keeps at most five: near a core's cache, enough work per kernel launch.
 CPU_BUFFER_BYTES = 3 << 19
 DEVICE_BUFFER_BYTES = 8 << 20
 
@@ -94,7 +94,7 @@ def _generic_numerators(scores: torch.Tensor, alpha: float, dim: int) -> torch.T
 
 
 def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float) -> torch.Tensor:
-    """dense * softmax(scores) + sparse * entmax_alpha(scores) over `dim`, in float32 or wider; 0 where all is masked."""
+    """dense * softmax(scores) + sparse * entmax_alpha(scores) over `dim`, in float32 or wider; 0 where all masked."""
     scores = scores.to(compute_dtype(scores.dtype))
     if scores.numel() == 0:
         return scores.clone()

@@ -26,7 +26,7 @@ def entmax(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
 
 
 def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float) -> torch.Tensor:
-    """dense * softmax(scores) + sparse * entmax_alpha(scores) over `dim`, in float32 or wider; 0 where all is masked."""
+    """dense * softmax(scores) + sparse * entmax_alpha(scores) over `dim`, in float32 or wider; 0 where all masked."""
     scores = scores.to(compute_dtype(scores.dtype))
     if scores.numel() == 0:
         return scores

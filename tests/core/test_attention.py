@@ -5,9 +5,10 @@ from __future__ import annotations
 import entmax as entmax_package
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+
 from pladis_core import pladis_attention, pladis_correction
 from pladis_core.impl import eager
-from torch.nn.functional import scaled_dot_product_attention
 
 BACKENDS = ("reference", "eager")
 # (B, H, Hkv, Lq, Lk, D, Dv): odd sizes, one key, one query, grouped heads, another value width, many keys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import entmax as entmax_package
 import pytest
 import torch
+
 from pladis_core import entmax, pladis_weights
 
 ALPHAS = (1.0, 1.001, 1.1, 1.25, 1.5, 1.75, 1.99, 2.0)

@@ -14,8 +14,13 @@ from pladis_core import __main__ as program
 ROOT = Path(__file__).parents[2]
 
 
-def printed(capsys, label: str) -> float:
-    match = re.search(rf"^{re.escape(label)}\s+([-+.\de]+)(%?)", capsys, re.MULTILINE)
+@pytest.fixture
+def short_timing(monkeypatch):
+    monkeypatch.setattr(program, "TIMED_SHAPE", (1, 8, 8, 8))
+
+
+def printed(text: str, label: str) -> float:
+    match = re.search(rf"^{re.escape(label)}\s+([-+.\de]+)(%?)", text, re.MULTILINE)
     assert match, f"{label!r} is not printed"
     return float(match[1]) / (100 if match[2] else 1)
 
@@ -36,6 +41,7 @@ def test_it_writes_a_figure_and_prints_what_it_measured(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options", [["--lam", "0"], ["--alpha", "1"], ["--alpha", "2", "--lam", "-1", "--seed", "7"]])
+@pytest.mark.usefixtures("short_timing")
 def test_the_ends_of_the_ranges_can_be_drawn(tmp_path, options):
     assert program.main(["--out", str(tmp_path / "pladis.png"), *options]) == 0
 
@@ -46,13 +52,21 @@ def test_the_same_seed_gives_the_same_example():
     assert not first.equal(other)
 
 
-@pytest.mark.parametrize("options", [["--alpha", "2.5"], ["--lam", "nan"], ["--out", "no/such/folder/pladis.png"]])
-def test_a_wrong_argument_is_an_error_that_says_why(tmp_path, monkeypatch, capsys, options):
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--alpha", "2.5", "alpha must lie in [1, 2]"),
+        ("--lam", "nan", "lam must be finite"),
+        ("--out", "no/such/folder/pladis.png", "cannot write no/such/folder/pladis.png"),
+    ],
+)
+@pytest.mark.usefixtures("short_timing")
+def test_a_wrong_argument_is_an_error_that_says_why(tmp_path, monkeypatch, capsys, option, value, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        program.main(options)
+        program.main([option, value])
     assert stop.value.code == 2
-    assert options[0].lstrip("-") in capsys.readouterr().err or options[1] in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "entmax"])
@@ -65,5 +79,5 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, capsys, missin
 
 def test_it_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "pladis_core", "--out", str(tmp_path / "pladis.png")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     assert "wrote" in result.stdout

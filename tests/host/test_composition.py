@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from comfy.ldm.modules import attention
+
+import tiny
 from pladis_pack.nodes.hosting import hook, text_layers
 from pladis_pack.nodes.hosting.conditioning import repeat_mask
 from tiny import apply
@@ -21,7 +22,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Adapter:
-    """Dense attention plus a term of its own, as image adapters do, and like theirs it expects its own kind in a slot."""
+    """Dense attention plus a term of its own, as image adapters do; like theirs it wants the slot free."""
 
     def __init__(self):
         self.calls = 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-import tiny
 from comfy import model_base
 from comfy.ldm.modules.attention import BasicTransformerBlock
+
+import tiny
 from pladis_pack.nodes.hosting import choose_layers, hook, text_layers
 from tiny import apply
+
 
 @pytest.fixture
 def calls(monkeypatch):

@@ -7,12 +7,13 @@ import pickle
 import comfy.samplers
 import entmax
 import pytest
-import tiny
 import torch
 from comfy.model_base import BaseModel
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
+
+import tiny
 from pladis_pack.nodes.hosting import hook, wrappers
 from pladis_pack.nodes.hosting.conditioning import Chunk
 from tiny import apply

@@ -12,6 +12,7 @@ import comfy.sample
 import comfy.samplers
 import comfy.supported_models as supported
 import torch
+
 from pladis_pack.nodes.apply import PLADISApply
 from pladis_pack.nodes.apply_advanced import PLADISApplyAdvanced
 
@@ -126,7 +127,8 @@ def sample(
     if noise is None:
         noise = comfy.sample.prepare_noise(torch.zeros(batch, 4, size, size), seed)
     return comfy.sample.sample(
-        model, noise, steps, cfg, sampler, scheduler, positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=seed
+        model, noise, steps, cfg, sampler, scheduler, positive, negative, torch.zeros_like(noise),
+        disable_pbar=True, seed=seed,
     )  # fmt: skip
 
 

@@ -1,0 +1,38 @@
+"""What saved workflows carry: ids, input names and their order, defaults. New inputs go last; nothing else changes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pladis_pack.nodes import comfy_entrypoint
+
+COMMON = [("model", None), ("scale", 2.0), ("alpha", 1.5), ("start_percent", 0.0), ("end_percent", 1.0)]
+NODES = {
+    "PLADISApply": COMMON,
+    "PLADISApplyAdvanced": [*COMMON, ("layers", "all"), ("blocks", ""), ("apply_to", "both")],
+}
+
+
+@pytest.fixture(scope="module")
+def schemas():
+    async def load():
+        return await (await comfy_entrypoint()).get_node_list()
+
+    return {node.define_schema().node_id: node.define_schema() for node in asyncio.run(load())}
+
+
+def test_ids_inputs_and_defaults(schemas):
+    assert {
+        name: [(i.id, getattr(i, "default", None)) for i in schema.inputs] for name, schema in schemas.items()
+    } == NODES
+
+
+def test_everything_explains_itself(schemas):
+    for schema in schemas.values():
+        assert schema.category == "model/patch"
+        assert schema.description
+        assert "entmax" in schema.search_aliases
+        assert all(item.tooltip for item in (*schema.inputs, *schema.outputs))
+        assert [output.io_type for output in schema.outputs] == ["MODEL"]
