@@ -8,7 +8,6 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NO_HOST = "no ComfyUI at "
 
 package = types.ModuleType("pladis_pack")
 package.__path__ = [str(ROOT)]
@@ -23,6 +22,6 @@ def pytest_terminal_summary(terminalreporter):
         for name, value in report.user_properties:
             if name == "host":
                 terminalreporter.write_line(value)
-    skipped = [r for r in terminalreporter.getreports("skipped") if NO_HOST in str(r.longrepr)]
+    skipped = [r for r in terminalreporter.getreports("skipped") if "no ComfyUI at" in str(r.longrepr)]
     if "PLADIS_HOST" not in os.environ:
         terminalreporter.write_line(f"{len(skipped)} test files skipped because no ComfyUI was found for them")

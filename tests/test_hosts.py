@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import NO_HOST, ROOT
 
+ROOT = Path(__file__).parents[1]
 HOSTS = {
     "newest": ("COMFYUI_PATH", "~/comfy/ComfyUI"),
     "oldest": ("COMFYUI_PATH_OLDEST", "~/comfy/ComfyUI-0.20.0"),
@@ -32,7 +32,7 @@ def host_path(host: str) -> Path:
     variable, default = HOSTS[host]
     path = Path(os.environ.get(variable) or default).expanduser()
     if not (path / "main.py").is_file():
-        pytest.skip(f"{NO_HOST}{path}: set ${variable}")
+        pytest.skip(f"no ComfyUI at {path}: set ${variable}")
     return path
 
 

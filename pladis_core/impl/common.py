@@ -41,15 +41,15 @@ def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def centred(scores: torch.Tensor, gain: torch.Tensor, mask: torch.Tensor | None, dim: int) -> torch.Tensor:
-    """gain * scores + mask, minus its maximum over `dim`: at most 0, and -inf where masked. No NaN; all -inf stays."""
+    """gain * scores + mask, minus its maximum over `dim`, in place: at most 0, and -inf where masked. Never NaN."""
     lowest = torch.finfo(scores.dtype).min
-    if mask is None:
-        peak = scores.detach().amax(dim, keepdim=True).clamp(min=lowest)
-        return scores.sub(peak).mul_(gain)
-    # a quarter of the range, so that adding a mask of half of it cannot overflow
-    scores = scores.mul(gain).clamp_(lowest / 4, -lowest / 4) + mask.clamp(max=-lowest / 4)
-    peak = scores.detach().amax(dim, keepdim=True).clamp(min=lowest)
-    return scores.sub_(peak)
+    if mask is not None:
+        # a quarter of the range, so that adding the mask cannot overflow upwards
+        scores.mul_(gain).clamp_(lowest / 4, -lowest / 4).add_(mask.clamp(max=-lowest / 4))
+    # where all is -inf the peak is finite, and -inf stays
+    peak = scores.detach().amax(dim, keepdim=True).clamp_(min=lowest)
+    scores.sub_(peak)
+    return scores if mask is not None else scores.mul_(gain)
 
 
 def bounded_value(value: torch.Tensor, dense: float, sparse: float) -> torch.Tensor:

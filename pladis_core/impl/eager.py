@@ -20,7 +20,7 @@ import torch
 
 from .common import additive_mask, bounded_value, centred, compute_dtype, to_dtype, unit_keys
 
-# Bytes of one score buffer, of which a chunk keeps at most five: near a core's cache, enough work per kernel launch.
+# Bytes of one score buffer, of which there are three: near a core's cache, enough work per kernel launch.
 CPU_BUFFER_BYTES = 3 << 19
 DEVICE_BUFFER_BYTES = 8 << 20
 
@@ -33,18 +33,31 @@ def newton_steps(keys: int, alpha: float) -> int:
     return 2 + math.ceil(0.6 + 0.75 * (alpha - 1.0) * math.log2(max(keys, 1)))
 
 
-def entmax_numerators(scores: torch.Tensor, alpha: float, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unnormalised alpha-entmax weights of centred scores (maximum 0) and their sum over `dim`; 0 where all is -inf.
+class Scratch:
+    """Three buffers that every chunk reuses: fresh memory for each would cost as much in page faults as the mathematics.
 
-    The sum is 1 up to rounding; dividing by it is the exact last step.
+    `scores`, `weights` and `spare` are views of one shape; the last chunk of a head may be smaller than the others.
     """
-    if alpha == 1.0:
-        weights = scores.exp()
-    elif alpha in (1.5, 2.0):
-        weights = _polynomial_numerators(scores, alpha, dim)
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device):
+        self._flat = torch.empty(3, elements, dtype=dtype, device=device)
+
+    def views(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return tuple(flat[: math.prod(shape)].view(shape) for flat in self._flat)
+
+
+def entmax_numerators(
+    scores: torch.Tensor, alpha: float, dim: int, weights: torch.Tensor, spare: torch.Tensor
+) -> torch.Tensor:
+    """Fills `weights` with the unnormalised alpha-entmax weights of centred scores (maximum 0); 0 where all is -inf.
+
+    Returns their sum over `dim`. It is 1 up to rounding; dividing by it is the exact last step. `spare` is overwritten.
+    """
+    if alpha in (1.5, 2.0):
+        _polynomial_numerators(scores, alpha, dim, weights, spare)
     else:
-        weights = _generic_numerators(scores, alpha, dim)
-    return weights, weights.sum(dim, keepdim=True)
+        _generic_numerators(scores, alpha, dim, weights, spare)
+    return weights.sum(dim, keepdim=True)
 
 
 def _start(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
@@ -54,30 +67,31 @@ def _start(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
     return jensen.clamp_(min=-power)
 
 
-def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
+def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int, z: torch.Tensor, spare: torch.Tensor) -> None:
     """p = 2 (entmax-1.5) or p = 1 (sparsemax): the Newton step needs sums of z and z^2, or of z and its support."""
     tiny = torch.finfo(scores.dtype).tiny
     tau = _start(scores, alpha, dim)
-    z, other = torch.empty_like(scores), torch.empty_like(scores)
     for _ in range(newton_steps(scores.shape[dim], alpha)):
         torch.sub(scores, tau, out=z).clamp_(min=0.0)
         total = z.sum(dim, keepdim=True)
         if alpha == 1.5:
-            norm = torch.mul(z, z, out=other).sum(dim, keepdim=True).sqrt_()
+            norm = torch.mul(z, z, out=spare).sum(dim, keepdim=True).sqrt_()
             tau += (norm - 2.0) * norm / total.clamp_(min=tiny)
         else:
-            support = torch.sign(z, out=other).sum(dim, keepdim=True)
+            support = torch.sign(z, out=spare).sum(dim, keepdim=True)
             tau += (total - 1.0) / support.clamp_(min=1.0)
     torch.sub(scores, tau, out=z).clamp_(min=0.0)
-    return z if alpha == 2.0 else z.square_()
+    if alpha == 1.5:
+        z.square_()
 
 
-def _generic_numerators(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
+def _generic_numerators(
+    scores: torch.Tensor, alpha: float, dim: int, weights: torch.Tensor, base: torch.Tensor
+) -> None:
     """Any alpha in (1, 2): weights as exp(log1p(b * (c - u)) / b) with tau = u - p, which stays exact as alpha -> 1."""
     b = alpha - 1.0
     tiny = torch.finfo(scores.dtype).tiny
     u = _start(scores, alpha, dim).add_(1.0 / b)
-    base, weights = torch.empty_like(scores), torch.empty_like(scores)
 
     def solve_weights() -> torch.Tensor:
         torch.sub(scores, u, out=base).mul_(b).clamp_(min=-1.0)
@@ -90,7 +104,7 @@ def _generic_numerators(scores: torch.Tensor, alpha: float, dim: int) -> torch.T
         log_total = total.clamp_(min=tiny).log_()
         step = torch.expm1(log_total * b) * torch.exp(log_total * (1.0 - b)) / b
         u += (step / slope.clamp_(min=tiny)).clamp_(min=-1.0)
-    return solve_weights()
+    solve_weights()
 
 
 def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float) -> torch.Tensor:
@@ -99,18 +113,21 @@ def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, spar
     if scores.numel() == 0:
         return scores.clone()
     peak = scores.amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    return _mix(scores - peak, alpha, dim, dense, sparse)
+    scores = scores - peak
+    return _mix(scores, alpha, dim, dense, sparse, torch.empty_like(scores), torch.empty_like(scores))
 
 
-def _mix(scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float) -> torch.Tensor:
-    """The same on centred scores, which it overwrites."""
+def _mix(
+    scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float, weights: torch.Tensor, spare: torch.Tensor
+) -> torch.Tensor:
+    """The same on centred scores, in one of the three buffers, all of which it overwrites."""
     tiny = torch.finfo(scores.dtype).tiny
     if alpha == 1.0:
         dense, sparse = dense + sparse, 0.0
     if sparse == 0.0:
-        weights = scores.exp_()
-        return weights.mul_(dense / weights.sum(dim, keepdim=True).clamp_(min=tiny))
-    weights, total = entmax_numerators(scores, alpha, dim)
+        softmax = scores.exp_()
+        return softmax.mul_(dense / softmax.sum(dim, keepdim=True).clamp_(min=tiny))
+    total = entmax_numerators(scores, alpha, dim, weights, spare)
     weights.mul_(sparse / total.clamp_(min=tiny))
     if dense != 0.0:
         softmax = scores.exp_()
@@ -141,17 +158,20 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.
     value = bounded_value(value, dense, sparse)
     unit, gain = unit_keys(key, scale)
     step_h, step_q = chunk_shape(heads, queries, keys, query.device, unit.element_size())
+    scratch = Scratch(step_h * step_q * keys, dtype, query.device)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         for b in range(batch):
             for h in range(0, heads, step_h):
                 head = (b, slice(h, h + step_h))
                 for start in range(0, queries, step_q):
                     rows = (*head, slice(start, start + step_q))
+                    part = query[rows].to(dtype)
                     # keys before queries: reductions over keys then run along contiguous queries
-                    scores = unit[head] @ query[rows].to(dtype).mT
+                    scores, weights, spare = scratch.views((part.shape[0], keys, part.shape[1]))
+                    torch.bmm(unit[head], part.mT, out=scores)
                     bias = None if mask is None else additive_mask(mask[rows], dtype).mT
-                    weights = _mix(centred(scores, gain[head], bias, dim=-2), alpha, -2, dense, sparse)
-                    part = weights.mT @ value[head]
+                    scores = centred(scores, gain[head], bias, dim=-2)
+                    part = _mix(scores, alpha, -2, dense, sparse, weights, spare).mT @ value[head]
                     if mass is not None:
                         part.mul_(mass[rows])
                     out[rows] = to_dtype(part, query.dtype)

@@ -248,9 +248,12 @@ def peak_bytes(function) -> int:
 
 def test_gradients_come_from_the_reference():
     query, key, value = (t.requires_grad_() for t in tensors("odd", torch.float64))
-    torch.autograd.gradcheck(
-        lambda q, k, v: pladis_attention(q, k, v), (query[:, :1, :3], key[:, :1], value[:, :1]), atol=1e-4
-    )
+    for mask in (None, torch.randn(3, 7)):
+        torch.autograd.gradcheck(
+            lambda q, k, v, mask=mask: pladis_attention(q, k, v, mask),
+            (query[:, :1, :3], key[:, :1], value[:, :1]),
+            atol=1e-4,
+        )
     with pytest.raises(ValueError, match="no gradient"):
         pladis_attention(query, key, value, backend="eager")
 
