@@ -20,8 +20,8 @@ import torch
 
 from .common import additive_mask, bounded_value, centred, compute_dtype, to_dtype, unit_keys
 
-# Bytes of one score buffer, of which there are three: near a core's cache, enough work per kernel launch.
-CPU_BUFFER_BYTES = 3 << 19
+# Bytes of one score buffer, of which there are two or three: near a core's cache, enough work per kernel launch.
+CPU_BUFFER_BYTES = 5 << 19
 DEVICE_BUFFER_BYTES = 8 << 20
 
 
@@ -34,29 +34,25 @@ def newton_steps(keys: int, alpha: float) -> int:
 
 
 class Scratch:
-    """Three buffers that every chunk reuses: fresh memory for each would cost as much in page faults as the mathematics.
-
-    `scores`, `weights` and `spare` are views of one shape; the last chunk of a head may be smaller than the others.
-    """
+    """Two buffers that every chunk reuses: fresh memory for each costs as much in page faults as the mathematics."""
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device):
-        self._flat = torch.empty(3, elements, dtype=dtype, device=device)
+        self._flat = torch.empty(2, elements, dtype=dtype, device=device)
 
-    def views(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def views(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and weights of one shape; the last chunk of a head may be smaller than the others."""
         return tuple(flat[: math.prod(shape)].view(shape) for flat in self._flat)
 
 
-def entmax_numerators(
-    scores: torch.Tensor, alpha: float, dim: int, weights: torch.Tensor, spare: torch.Tensor
-) -> torch.Tensor:
+def entmax_numerators(scores: torch.Tensor, alpha: float, dim: int, weights: torch.Tensor) -> torch.Tensor:
     """Fills `weights` with the unnormalised alpha-entmax weights of centred scores (maximum 0); 0 where all is -inf.
 
-    Returns their sum over `dim`. It is 1 up to rounding; dividing by it is the exact last step. `spare` is overwritten.
+    Returns their sum over `dim`. It is 1 up to rounding; dividing by it is the exact last step.
     """
     if alpha in (1.5, 2.0):
-        _polynomial_numerators(scores, alpha, dim, weights, spare)
+        _polynomial_numerators(scores, alpha, dim, weights)
     else:
-        _generic_numerators(scores, alpha, dim, weights, spare)
+        _generic_numerators(scores, alpha, dim, weights)
     return weights.sum(dim, keepdim=True)
 
 
@@ -67,7 +63,7 @@ def _start(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
     return jensen.clamp_(min=-power)
 
 
-def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int, z: torch.Tensor, spare: torch.Tensor) -> None:
+def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int, z: torch.Tensor) -> None:
     """p = 2 (entmax-1.5) or p = 1 (sparsemax): the Newton step needs sums of z and z^2, or of z and its support."""
     tiny = torch.finfo(scores.dtype).tiny
     tau = _start(scores, alpha, dim)
@@ -75,23 +71,22 @@ def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int, z: torc
         torch.sub(scores, tau, out=z).clamp_(min=0.0)
         total = z.sum(dim, keepdim=True)
         if alpha == 1.5:
-            norm = torch.mul(z, z, out=spare).sum(dim, keepdim=True).sqrt_()
+            norm = z.square_().sum(dim, keepdim=True).sqrt_()
             tau += (norm - 2.0) * norm / total.clamp_(min=tiny)
         else:
-            support = torch.sign(z, out=spare).sum(dim, keepdim=True)
+            support = z.sign_().sum(dim, keepdim=True)
             tau += (total - 1.0) / support.clamp_(min=1.0)
     torch.sub(scores, tau, out=z).clamp_(min=0.0)
     if alpha == 1.5:
         z.square_()
 
 
-def _generic_numerators(
-    scores: torch.Tensor, alpha: float, dim: int, weights: torch.Tensor, base: torch.Tensor
-) -> None:
+def _generic_numerators(scores: torch.Tensor, alpha: float, dim: int, weights: torch.Tensor) -> None:
     """Any alpha in (1, 2): weights as exp(log1p(b * (c - u)) / b) with tau = u - p, which stays exact as alpha -> 1."""
     b = alpha - 1.0
     tiny = torch.finfo(scores.dtype).tiny
     u = _start(scores, alpha, dim).add_(1.0 / b)
+    base = torch.empty_like(scores)
 
     def solve_weights() -> torch.Tensor:
         torch.sub(scores, u, out=base).mul_(b).clamp_(min=-1.0)
@@ -114,20 +109,20 @@ def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, spar
         return scores.clone()
     peak = scores.amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     scores = scores - peak
-    return _mix(scores, alpha, dim, dense, sparse, torch.empty_like(scores), torch.empty_like(scores))
+    return _mix(scores, alpha, dim, dense, sparse, torch.empty_like(scores))
 
 
 def _mix(
-    scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float, weights: torch.Tensor, spare: torch.Tensor
+    scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The same on centred scores, in one of the three buffers, all of which it overwrites."""
+    """The same on centred scores, in one of the two buffers; it overwrites both."""
     tiny = torch.finfo(scores.dtype).tiny
     if alpha == 1.0:
         dense, sparse = dense + sparse, 0.0
     if sparse == 0.0:
         softmax = scores.exp_()
         return softmax.mul_(dense / softmax.sum(dim, keepdim=True).clamp_(min=tiny))
-    total = entmax_numerators(scores, alpha, dim, weights, spare)
+    total = entmax_numerators(scores, alpha, dim, weights)
     weights.mul_(sparse / total.clamp_(min=tiny))
     if dense != 0.0:
         softmax = scores.exp_()
@@ -149,9 +144,9 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.
     batch, heads, queries, _ = query.shape
     keys = key.shape[-2]
     # laid out [B, Lq, H, Dv], which is what a caller that merges the heads wants without a copy
-    out = query.new_zeros(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
     if out.numel() == 0 or keys == 0:
-        return out
+        return out.zero_()
     dtype = compute_dtype(query.dtype)
     groups = heads // key.shape[1]
     key, value = (t.to(dtype).repeat_interleave(groups, dim=1) if groups > 1 else t.to(dtype) for t in (key, value))
@@ -167,11 +162,11 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.
                     rows = (*head, slice(start, start + step_q))
                     part = query[rows].to(dtype)
                     # keys before queries: reductions over keys then run along contiguous queries
-                    scores, weights, spare = scratch.views((part.shape[0], keys, part.shape[1]))
+                    scores, weights = scratch.views((part.shape[0], keys, part.shape[1]))
                     torch.bmm(unit[head], part.mT, out=scores)
                     bias = None if mask is None else additive_mask(mask[rows], dtype).mT
                     scores = centred(scores, gain[head], bias, dim=-2)
-                    part = _mix(scores, alpha, -2, dense, sparse, weights, spare).mT @ value[head]
+                    part = _mix(scores, alpha, -2, dense, sparse, weights).mT @ value[head]
                     if mass is not None:
                         part.mul_(mass[rows])
                     out[rows] = to_dtype(part, query.dtype)
