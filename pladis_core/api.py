@@ -13,6 +13,9 @@ import torch
 from .impl import eager
 
 BACKENDS = ("auto", "reference", "eager")
+# far beyond any use, and far from where weights would overflow
+MAX_LAM = 1e6
+MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def entmax(scores: torch.Tensor, alpha: float = 1.5, dim: int = -1) -> torch.Tensor:
@@ -46,7 +49,7 @@ def pladis_weights(scores: torch.Tensor, lam: float = 2.0, alpha: float = 1.5, d
         Weights of the shape of `scores`, float32 (float64 for float64 scores).
 
     Raises:
-        ValueError: alpha outside [1, 2], lam not finite, `dim` out of range, scores not floating point.
+        ValueError: alpha outside [1, 2], lam beyond 1e6, `dim` out of range, scores not floating point.
     """
     _check_mix(lam, alpha)
     if not scores.is_floating_point():
@@ -93,8 +96,8 @@ def pladis_attention(
         keys are all masked gets 0. Finite inputs give finite outputs.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, alpha outside [1, 2], lam or scale not finite, an unknown
-            backend, or a gradient asked of the eager backend.
+        ValueError: shapes, dtypes or devices that do not fit, alpha outside [1, 2], lam beyond 1e6, scale not finite,
+            an unknown backend, or a gradient asked of the eager backend.
         ImportError: the reference backend without the `entmax` package.
     """
     _check_mix(lam, alpha)
@@ -136,10 +139,12 @@ def pladis_correction(
 def _attend(query, key, value, attn_mask, scale, alpha, dense, sparse, mass, enable_gqa, backend) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value on the chosen backend."""
     _check_tensors(query, key, value, enable_gqa)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")
     rows = query.shape[:-1]
+    if attn_mask is not None and attn_mask.dtype not in MASK_DTYPES:
+        raise ValueError(f"attn_mask must be boolean or floating point, not {attn_mask.dtype}")
     attn_mask = _broadcast("attn_mask", attn_mask, (*rows, key.shape[-2]))
     mass = _broadcast("mass", mass, (*rows, 1))
     implementation = _backend(backend, query, key, value, attn_mask, mass)
@@ -166,8 +171,8 @@ def _wants_grad(*tensors: torch.Tensor | None) -> bool:
 def _check_mix(lam: float, alpha: float) -> None:
     if not 1.0 <= alpha <= 2.0:
         raise ValueError(f"alpha must lie in [1, 2] (1 is softmax, 2 is sparsemax), not {alpha}")
-    if not math.isfinite(lam):
-        raise ValueError(f"lam must be finite, not {lam}")
+    if not abs(lam) <= MAX_LAM:
+        raise ValueError(f"lam must lie within {-MAX_LAM:g} and {MAX_LAM:g}, not {lam}. The paper uses 2.")
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> None:

@@ -31,6 +31,8 @@ class ConditioningTable:
     """What one `calc_cond_batch` call says about its conditionings, by their index in that call."""
 
     roles: dict[int, str]
+    # rows of each conditioning
+    rows: int
     # an area conditioning and its counterpart on the other side share a uuid, so a uuid alone does not identify one
     lengths: dict[tuple[int, Any], int]
 
@@ -43,8 +45,8 @@ class Chunk:
     length: int | None
 
 
-def read_conditioning(conds: list[list[dict] | None], guider: GuiderConds | None) -> ConditioningTable:
-    """The table of a `calc_cond_batch(model, conds, ...)` call."""
+def read_conditioning(conds: list[list[dict] | None], rows: int, guider: GuiderConds | None) -> ConditioningTable:
+    """The table of a `calc_cond_batch(model, conds, x_in, ...)` call; `rows` is x_in's batch."""
     roles, lengths = {}, {}
     for index, group in enumerate(conds):
         if group is None:
@@ -54,7 +56,7 @@ def read_conditioning(conds: list[list[dict] | None], guider: GuiderConds | None
             context = cond["model_conds"].get("c_crossattn")
             if context is not None:
                 lengths[index, cond["uuid"]] = context.cond.shape[1]
-    return ConditioningTable(roles, lengths)
+    return ConditioningTable(roles, rows, lengths)
 
 
 def _role(group: list[dict], index: int, guider: GuiderConds | None) -> str:
@@ -75,15 +77,19 @@ def _role(group: list[dict], index: int, guider: GuiderConds | None) -> str:
     return "negative" if index == 1 else "positive"
 
 
-def batch_chunks(transformer_options: dict[str, Any]) -> tuple[Chunk, ...]:
-    """The conditionings of a model call, in the order of its rows."""
+def batch_chunks(transformer_options: dict[str, Any], rows: int) -> tuple[Chunk, ...]:
+    """The conditionings of a model call with `rows` rows, in their order; empty where that cannot be told.
+
+    The host gives every conditioning the rows of the sampler's batch. A function wrapper may call the model with
+    others: tiled diffusion packs put several tiles into one batch, tile by tile, under the same transformer_options.
+    """
     table: ConditioningTable | None = transformer_options.get(TABLE_KEY)
     indices = transformer_options.get("cond_or_uncond", [0])
-    if table is None:
-        return tuple(Chunk("negative" if index == 1 else "positive", None) for index in indices)
-    uuids = transformer_options["uuids"]
+    uuids = transformer_options.get("uuids", [])
+    if table is None or rows != table.rows * len(indices) or len(uuids) != len(indices):
+        return ()
     return tuple(
-        Chunk(table.roles[index], table.lengths.get((index, uuid)))
+        Chunk(table.roles.get(index, "positive"), table.lengths.get((index, uuid)))
         for index, uuid in zip(indices, uuids, strict=True)
     )
 

@@ -19,7 +19,7 @@ Hook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torc
 
 @dataclass(frozen=True)
 class ModelCall:
-    """What the hooks of one model call know of its batch: rows, context tokens, conditionings."""
+    """What the hooks of one model call know of its batch: rows, context tokens, conditionings (empty: not known)."""
 
     rows: int
     tokens: int
@@ -100,7 +100,7 @@ class PladisHook:
     def _chunks(self, rows: int, tokens: int, extra_options: dict[str, Any]) -> list[Chunk]:
         """The conditionings of q's rows; other packs' attn2 patches may have changed rows or tokens in between."""
         call = self.call
-        if rows == call.rows and rows % len(call.chunks) == 0:
+        if rows == call.rows and call.chunks:
             return [Chunk(c.role, c.length if tokens == call.tokens else None) for c in call.chunks]
         if self.settings.apply_to == "both":
             return [Chunk("positive", None)]
@@ -109,8 +109,8 @@ class PladisHook:
         if couple and rows % len(couple) == 0:
             return [Chunk("negative" if index == 1 else "positive", None) for index in couple]
         raise RuntimeError(
-            f"PLADIS: another node enlarged the batch from {call.rows} to {rows} rows in the cross-attention, so which "
-            f"rows are {self.settings.apply_to} cannot be told. Set apply_to to both."
+            f"PLADIS: another node rearranged the batch ({call.rows} rows into the model, {rows} in its attention), so "
+            f"which rows are {self.settings.apply_to} cannot be told. Set apply_to to both."
         )
 
 

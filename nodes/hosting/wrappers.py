@@ -46,7 +46,7 @@ def predict_noise(executor, x, timestep, model_options: dict[str, Any], seed=Non
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options: dict[str, Any]):
     """CALC_COND_BATCH wrapper: hands each conditioning's role and own length down to the model call."""
-    table = read_conditioning(conds, model_options["transformer_options"].get(GUIDER_KEY))
+    table = read_conditioning(conds, x_in.shape[0], model_options["transformer_options"].get(GUIDER_KEY))
     return executor(model, conds, x_in, timestep, _with_option(model_options, TABLE_KEY, table))
 
 
@@ -66,9 +66,9 @@ class ApplyModel:
         transformer_options = transformer_options or {}
         active = self._active(t, executor.class_obj.model_sampling) if c_crossattn is not None else []
         if active:
-            call = ModelCall(x.shape[0], c_crossattn.shape[1], batch_chunks(transformer_options))
+            call = ModelCall(x.shape[0], c_crossattn.shape[1], batch_chunks(transformer_options, x.shape[0]))
             roles = {"both", *(chunk.role for chunk in call.chunks)}
-            for settings in (s for s in active if s.apply_to in roles):
+            for settings in (s for s in active if not call.chunks or s.apply_to in roles):
                 transformer_options = _install(transformer_options, settings, call)
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **extra)
 

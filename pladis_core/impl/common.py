@@ -7,9 +7,9 @@ import math
 import torch
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64: entmax thresholds in 16 bit lose supports and row sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float32, or float64 where an input is: entmax thresholds in 16 bit lose supports and row sums."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def unit_keys(key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +19,7 @@ def unit_keys(key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tens
     (..., 1, 1).
     """
     span = 4.0 * 2.0 ** key.shape[-1].bit_length()
-    top = math.floor(math.log2(torch.finfo(key.dtype).max))
+    top = math.frexp(torch.finfo(key.dtype).max)[1] - 1
     if key.numel() == 0:
         return key, key.new_ones(*key.shape[:-2], 1, 1)
     peak = key.detach().abs().amax((-2, -1), keepdim=True).clamp_(min=1.0)
@@ -59,9 +59,11 @@ def bounded_value(value: torch.Tensor, dense: float, sparse: float) -> torch.Ten
     return value.clamp(-limit, limit)
 
 
-def to_dtype(out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """out in `dtype`, saturated: extrapolation can leave the range of 16-bit floats that the inputs were in."""
-    if out.dtype == dtype:
+def scaled_to(out: torch.Tensor, mass: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """mass * out in `dtype`, saturated: extrapolation can leave the range of 16-bit floats that the inputs were in."""
+    if mass is not None:
+        out = out * mass.to(out.dtype)
+    elif out.dtype == dtype:
         return out
     limit = torch.finfo(dtype).max
     return out.clamp(-limit, limit).to(dtype)

@@ -9,7 +9,8 @@ cannot overshoot. Newton on the norm, rather than on the sum, makes the step exa
 alpha -> 1 (where it reads u += log sum exp(c - u)), and needs fewer steps in between. A start left of the root:
 tau >= -p (the largest score alone) and tau >= mean(c) - p * n^-b (power means). With t = ||z||_p - p, every step
 shrinks t * |t'| at least fourfold (t convex), and it starts below p * n^(2b): the number of steps is known beforehand,
-no convergence test, no host synchronisation.
+no convergence test, no host synchronisation. The last step is not added to tau, which would round it, but to z or to
+the weights: a large support multiplies such a rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 
 import torch
 
-from .common import additive_mask, bounded_value, centred, compute_dtype, to_dtype, unit_keys
+from .common import additive_mask, bounded_value, centred, compute_dtype, scaled_to, unit_keys
 
 # Bytes of one score buffer, of which there are two or three: near a core's cache, enough work per kernel launch.
 CPU_BUFFER_BYTES = 5 << 19
@@ -47,9 +48,9 @@ class Scratch:
 
 
 def entmax_numerators(scores: torch.Tensor, alpha: float, dim: int, weights: torch.Tensor) -> torch.Tensor:
-    """Fills `weights` with the unnormalised alpha-entmax weights of centred scores (maximum 0); 0 where all is -inf.
+    """Fills `weights` with alpha-entmax of centred scores (maximum 0), a constant factor apart; 0 where all is -inf.
 
-    Returns their sum over `dim`. It is 1 up to rounding; dividing by it is the exact last step.
+    Returns their sum over `dim`, to divide by.
     """
     if alpha in (1.5, 2.0):
         _polynomial_numerators(scores, alpha, dim, weights)
@@ -69,16 +70,18 @@ def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int, z: torc
     """p = 2 (entmax-1.5) or p = 1 (sparsemax): the Newton step needs sums of z and z^2, or of z and its support."""
     tiny = torch.finfo(scores.dtype).tiny
     tau = _start(scores, alpha, dim)
+    step = torch.zeros_like(tau)
     for _ in range(newton_steps(scores.shape[dim], alpha, scores.dtype)):
+        tau += step
         torch.sub(scores, tau, out=z).clamp_(min=0.0)
         total = z.sum(dim, keepdim=True)
         if alpha == 1.5:
             norm = z.square_().sum(dim, keepdim=True).sqrt_()
-            tau += (norm - 2.0) * norm / total.clamp_(min=tiny)
+            step = (norm - 2.0) * norm / total.clamp_(min=tiny)
         else:
             support = z.sign_().sum(dim, keepdim=True)
-            tau += (total - 1.0) / support.clamp_(min=1.0)
-    torch.sub(scores, tau, out=z).clamp_(min=0.0)
+            step = (total - 1.0) / support.clamp_(min=1.0)
+    torch.sub(scores, tau, out=z).sub_(step).clamp_(min=0.0)
     if alpha == 1.5:
         z.square_()
 
@@ -90,18 +93,21 @@ def _generic_numerators(scores: torch.Tensor, alpha: float, dim: int, weights: t
     u = _start(scores, alpha, dim).add_(1.0 / b)
     base = torch.empty_like(scores)
 
-    def solve_weights() -> torch.Tensor:
+    def solve() -> tuple[torch.Tensor, torch.Tensor]:
+        """Fills weights with z^p and base with z^(p - 1), a constant factor apart; returns their sums."""
         torch.sub(scores, u, out=base).mul_(b).clamp_(min=-1.0)
-        return torch.log1p(base, out=weights).mul_(1.0 / b).exp_()
+        torch.log1p(base, out=weights).mul_(1.0 / b).exp_()
+        torch.div(weights, base.add_(1.0).clamp_(min=tiny), out=base)
+        return weights.sum(dim, keepdim=True), base.sum(dim, keepdim=True).clamp_(min=tiny)
 
     for _ in range(newton_steps(scores.shape[dim], alpha, scores.dtype)):
-        total = solve_weights().sum(dim, keepdim=True)
-        slope = weights.div_(base.add_(1.0).clamp_(min=tiny)).sum(dim, keepdim=True)
+        total, slope = solve()
         # (||.||_p - p) / |slope of the norm| with the norm's p-th power in `total`, through logs for small b
         log_total = total.clamp_(min=tiny).log_()
         step = torch.expm1(log_total * b) * torch.exp(log_total * (1.0 - b)) / b
-        u += (step / slope.clamp_(min=tiny)).clamp_(min=-1.0)
-    solve_weights()
+        u += (step / slope).clamp_(min=-1.0)
+    total, slope = solve()
+    weights.addcmul_(base, (1.0 - total) / slope)
 
 
 def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float) -> torch.Tensor:
@@ -149,7 +155,7 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.
     out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
     if out.numel() == 0 or keys == 0:
         return out.zero_()
-    dtype = compute_dtype(query.dtype)
+    dtype = compute_dtype(query.dtype, key.dtype, value.dtype)
     groups = heads // key.shape[1]
     key, value = (t.to(dtype).repeat_interleave(groups, dim=1) if groups > 1 else t.to(dtype) for t in (key, value))
     value = bounded_value(value, dense, sparse)
@@ -169,7 +175,5 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.
                     bias = None if mask is None else additive_mask(mask[rows], dtype).mT
                     scores = centred(scores, gain[head], bias, dim=-2)
                     part = _mix(scores, alpha, -2, dense, sparse, weights).mT @ value[head]
-                    if mass is not None:
-                        part.mul_(mass[rows])
-                    out[rows] = to_dtype(part, query.dtype)
+                    out[rows] = scaled_to(part, None if mass is None else mass[rows], query.dtype)
     return out

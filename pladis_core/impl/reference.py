@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import additive_mask, bounded_value, centred, compute_dtype, to_dtype, unit_keys
+from .common import additive_mask, bounded_value, centred, compute_dtype, scaled_to, unit_keys
 
 try:
     from entmax import entmax15, entmax_bisect, sparsemax
@@ -40,7 +40,7 @@ def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, spar
 
 def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
-    dtype = compute_dtype(query.dtype)
+    dtype = compute_dtype(query.dtype, key.dtype, value.dtype)
     groups = query.shape[1] // max(key.shape[1], 1)
     key, value = (t.to(dtype).repeat_interleave(groups, dim=1) for t in (key, value))
     if key.shape[-2] == 0:
@@ -51,4 +51,4 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.
         scores = centred(scores, gain, None if mask is None else additive_mask(mask, dtype), dim=-1)
         weights = mix_weights(scores, alpha, -1, dense, sparse)
         out = weights @ bounded_value(value, dense, sparse)
-    return to_dtype(out if mass is None else out * mass.to(dtype), query.dtype)
+    return scaled_to(out, mass, query.dtype)

@@ -166,6 +166,18 @@ def test_finite_inputs_give_finite_outputs(dtype, alpha, backend):
                 assert out.isfinite().all(), (magnitude, mask, function)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_top_of_float64_is_finite_too(backend):
+    for dtypes in ((torch.float64,) * 3, (torch.float32, torch.float64, torch.float32)):
+        query, key, value = (t.clamp(-1, 1).to(d) for t, d in zip(tensors("odd"), dtypes, strict=True))
+        for scale in (None, 0.0):
+            out = pladis_attention(query, key * 1.5e308, value, scale=scale, backend=backend)
+            assert out.isfinite().all()
+    query, key, value = tensors("odd")
+    mass = torch.full((1, 1, 63, 1), 1e38)
+    assert pladis_correction(query, key, value * 1e38, mass=mass, backend=backend).isfinite().all()
+
+
 def test_huge_scores_pick_the_best_key():
     query, key = torch.randn(1, 1, 20, 8) * 1e20, torch.randn(1, 1, 7, 8) * 1e20
     value = torch.randn(1, 1, 7, 4)
@@ -275,6 +287,7 @@ def bad(**changes):
         (bad(query=torch.ones(1, 2, 5, 8, dtype=torch.long)), "int64"),
         (bad(attn_mask=torch.zeros(5, 6)), r"\(5, 6\)"),
         (bad(attn_mask=torch.zeros(3, 1, 2, 5, 7)), "attn_mask"),
+        (bad(attn_mask=torch.zeros(5, 7, dtype=torch.int32)), "int32"),
         (bad(scale=float("nan")), "scale"),
         (bad(alpha=2.5), "2.5"),
         (bad(lam=float("nan")), "lam"),

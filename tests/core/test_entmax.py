@@ -39,6 +39,16 @@ def test_matches_the_entmax_package(alpha, keys):
     assert (entmax(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("keys", (20, 77, 231, 1000))
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 1.7, 1.95, 2.0))
+def test_one_peak_over_a_cluster_of_nearly_equal_scores(alpha, keys):
+    """A start token and padding: the rounding of a threshold counts once per key of the support."""
+    for depth in (0.05, 0.3, 0.7, 0.95):
+        cluster = -depth / (alpha - 1) - torch.rand(64, keys - 1) * 1e-4
+        scores = torch.cat([torch.zeros(64, 1), cluster], 1)
+        assert (entmax(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_rows_sum_to_one_and_pruned_keys_are_exactly_zero(alpha):
     weights = entmax(hard_scores(240, 77), alpha)
@@ -128,6 +138,7 @@ def test_gradients_are_those_of_the_entmax_package():
         ({"alpha": 2.1}, "2.1"),
         ({"alpha": float("nan")}, "nan"),
         ({"lam": float("inf")}, "inf"),
+        ({"lam": 1e39}, "1e\\+39"),
         ({"dim": 2}, "dim 2"),
     ),
 )

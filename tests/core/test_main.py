@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_example():
     ("option", "value", "message"),
     [
         ("--alpha", "2.5", "alpha must lie in [1, 2]"),
-        ("--lam", "nan", "lam must be finite"),
+        ("--lam", "nan", "lam must lie within"),
         ("--out", "no/such/folder/pladis.png", "cannot write no/such/folder/pladis.png"),
     ],
 )

@@ -178,7 +178,7 @@ def test_an_enlarged_batch_is_refused_where_rows_cannot_be_told(sd15):
     model = sd15.clone()
     model.set_model_attn2_patch(couple_patch([tiny.prompt(41, 77)[0][0]]))
     model.set_model_attn2_output_patch(couple_output)
-    with pytest.raises(RuntimeError, match="from 2 to 3 rows.*Set apply_to to both"):
+    with pytest.raises(RuntimeError, match="2 rows into the model, 3 in.*Set apply_to to both"):
         tiny.sample(apply(model, apply_to="positive"), steps=1)
 
 
@@ -204,3 +204,35 @@ def test_repeat_mask_finds_the_smallest_period():
     assert (mask[1] == 0).all()
     # values that do not repeat (NegPip gives keys and values signs of their own) keep every token
     assert (repeat_mask(key[:1], other) == 0).all()
+
+
+def tiled(apply_model, args):
+    """As tiled diffusion packs do: every row as several tiles in one batch, tile by tile, options unchanged."""
+    c = {key: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for key, v in args["c"].items()}
+    x, t = args["input"], args["timestep"]
+    return apply_model(torch.cat([x, x]), torch.cat([t, t]), **c)[: len(x)]
+
+
+def one_by_one(apply_model, args):
+    """A wrapper that runs each conditioning alone, under the options of the whole batch."""
+    out = []
+    for i in range(len(args["input"])):
+        c = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in args["c"].items()}
+        out.append(apply_model(args["input"][i : i + 1], args["timestep"][i : i + 1], **c))
+    return torch.cat(out)
+
+
+def without_uuids(apply_model, args):
+    options = {k: v for k, v in args["c"]["transformer_options"].items() if k != "uuids"}
+    return apply_model(args["input"], args["timestep"], **{**args["c"], "transformer_options": options})
+
+
+@pytest.mark.parametrize("wrapper", (tiled, one_by_one, without_uuids))
+def test_a_function_wrapper_that_rearranges_rows_does_not_mix_prompts(sd15, wrapper):
+    long = tiny.prompt(21, 154)
+    expected = tiny.sample(apply(sd15), positive=long)
+    model = sd15.clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    assert relative(tiny.sample(apply(model), positive=long), expected) < 1e-6
+    with pytest.raises(RuntimeError, match="rearranged the batch.*Set apply_to to both"):
+        tiny.sample(apply(model, apply_to="positive"), positive=long)

@@ -148,7 +148,7 @@ def test_that_a_repeated_context_would_have_mattered(sd15, monkeypatch):
     """The test above can fail: taking the repeated tokens as they come changes the prediction."""
     positive = tiny.prompt(1)
     expected = predictions(apply(sd15), positive, tiny.prompt(2), steps=1)[0]["positive"]
-    monkeypatch.setattr(wrappers, "batch_chunks", lambda options: (Chunk("negative", 154), Chunk("positive", 154)))
+    monkeypatch.setattr(wrappers, "batch_chunks", lambda *args: (Chunk("negative", 154), Chunk("positive", 154)))
     naive = predictions(apply(sd15), positive, tiny.prompt(2, 154), steps=1)[0]["positive"]
     assert relative(naive, expected) > 1e-3
 
@@ -178,8 +178,8 @@ def test_negative_is_what_the_guider_calls_so(sd15, monkeypatch):
     seen = []
     original = wrappers.read_conditioning
 
-    def record(conds, guider):
-        table = original(conds, guider)
+    def record(conds, rows, guider):
+        table = original(conds, rows, guider)
         seen.append(table.roles)
         return table
 
