@@ -59,10 +59,15 @@ def read_conditioning(conds: list[list[dict] | None], rows: int, guider: GuiderC
     return ConditioningTable(roles, rows, lengths)
 
 
+def usual_role(index: int) -> str:
+    """The role of a conditioning by its index in the host's own sampling_function; only where nothing else tells it."""
+    return "negative" if index == 1 else "positive"
+
+
 def _role(group: list[dict], index: int, guider: GuiderConds | None) -> str:
     """The guider's word decides "negative"; all else is "positive". Position does not: DualCFG puts negative first."""
     if guider is None:
-        return "negative" if index == 1 else "positive"
+        return usual_role(index)
     uuids = {cond["uuid"] for cond in group}
     named = [(name, conds) for name, conds in guider.conds.items() if conds is not None]
     tests = (
@@ -74,7 +79,7 @@ def _role(group: list[dict], index: int, guider: GuiderConds | None) -> str:
         for name, conds in named:
             if test(conds):
                 return "negative" if "negative" in name else "positive"
-    return "negative" if index == 1 else "positive"
+    return usual_role(index)
 
 
 def batch_chunks(transformer_options: dict[str, Any], rows: int) -> tuple[Chunk, ...]:
@@ -88,8 +93,10 @@ def batch_chunks(transformer_options: dict[str, Any], rows: int) -> tuple[Chunk,
     uuids = transformer_options.get("uuids", [])
     if table is None or rows != table.rows * len(indices) or len(uuids) != len(indices):
         return ()
+    if not table.roles.keys() >= set(indices):
+        return ()
     return tuple(
-        Chunk(table.roles.get(index, "positive"), table.lengths.get((index, uuid)))
+        Chunk(table.roles[index], table.lengths.get((index, uuid)))
         for index, uuid in zip(indices, uuids, strict=True)
     )
 

@@ -11,7 +11,7 @@ import torch
 from comfy.ldm.modules import attention
 
 from ...pladis_core import pladis_attention, pladis_correction
-from .conditioning import Chunk, repeat_mask
+from .conditioning import Chunk, repeat_mask, usual_role
 from .settings import Settings
 
 Hook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
@@ -107,7 +107,7 @@ class PladisHook:
         # ComfyUI-ppm's Attention Couple says which conditioning each share of the enlarged batch came from
         couple = extra_options.get("cond_or_uncond_couple")
         if couple and rows % len(couple) == 0:
-            return [Chunk("negative" if index == 1 else "positive", None) for index in couple]
+            return [Chunk(usual_role(index), None) for index in couple]
         raise RuntimeError(
             f"PLADIS: another node rearranged the batch ({call.rows} rows into the model, {rows} in its attention), so "
             f"which rows are {self.settings.apply_to} cannot be told. Set apply_to to both."

@@ -53,8 +53,7 @@ def centred(scores: torch.Tensor, gain: torch.Tensor, mask: torch.Tensor | None,
 
 
 def bounded_value(value: torch.Tensor, dense: float, sparse: float) -> torch.Tensor:
-    """value, clamped so that no mix of weights dense * p + sparse * q can overflow. Touches only the top of the range.
-    """
+    """value, clamped so that no mix of weights dense * p + sparse * q overflows. Touches only the top of the range."""
     limit = torch.finfo(value.dtype).max / max(1.0, 2.0 * (abs(dense) + abs(sparse)))
     return value.clamp(-limit, limit)
 

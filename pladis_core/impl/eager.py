@@ -1,4 +1,4 @@
-"""Portable PyTorch: a chunk of queries at a time, so that the passes stay in cache and no whole map is ever kept.
+"""Portable PyTorch: a chunk of queries at a time, so that the passes stay in cache and no map outgrows a buffer.
 
 The threshold of alpha-entmax. With b = alpha - 1, p = 1 / b and scores c <= 0 whose maximum is 0,
 
@@ -60,16 +60,15 @@ def entmax_numerators(scores: torch.Tensor, alpha: float, dim: int, weights: tor
 
 
 def _start(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
-    """A threshold left of the root, exact for equal scores."""
-    power = 1.0 / (alpha - 1.0)
-    jensen = scores.mean(dim, keepdim=True).sub_(power * scores.shape[dim] ** (1.0 - alpha))
-    return jensen.clamp_(min=-power)
+    """tau + p at a threshold left of the root, exact for equal scores; without p, which outgrows tau as alpha -> 1."""
+    b = alpha - 1.0
+    return scores.mean(dim, keepdim=True).sub_(math.expm1(-b * math.log(scores.shape[dim])) / b).clamp_(min=0.0)
 
 
 def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int, z: torch.Tensor) -> None:
     """p = 2 (entmax-1.5) or p = 1 (sparsemax): the Newton step needs sums of z and z^2, or of z and its support."""
     tiny = torch.finfo(scores.dtype).tiny
-    tau = _start(scores, alpha, dim)
+    tau = _start(scores, alpha, dim).sub_(1.0 / (alpha - 1.0))
     step = torch.zeros_like(tau)
     for _ in range(newton_steps(scores.shape[dim], alpha, scores.dtype)):
         tau += step
@@ -90,7 +89,7 @@ def _generic_numerators(scores: torch.Tensor, alpha: float, dim: int, weights: t
     """Any alpha in (1, 2): weights as exp(log1p(b * (c - u)) / b) with tau = u - p, which stays exact as alpha -> 1."""
     b = alpha - 1.0
     tiny = torch.finfo(scores.dtype).tiny
-    u = _start(scores, alpha, dim).add_(1.0 / b)
+    u = _start(scores, alpha, dim)
     base = torch.empty_like(scores)
 
     def solve() -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,6 +104,7 @@ def _generic_numerators(scores: torch.Tensor, alpha: float, dim: int, weights: t
         # (||.||_p - p) / |slope of the norm| with the norm's p-th power in `total`, through logs for small b
         log_total = total.clamp_(min=tiny).log_()
         step = torch.expm1(log_total * b) * torch.exp(log_total * (1.0 - b)) / b
+        # where all is masked there is no root: stay finite
         u += (step / slope).clamp_(min=-1.0)
     total, slope = solve()
     weights.addcmul_(base, (1.0 - total) / slope)

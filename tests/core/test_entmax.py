@@ -39,7 +39,7 @@ def test_matches_the_entmax_package(alpha, keys):
     assert (entmax(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("keys", (20, 77, 231, 1000))
+@pytest.mark.parametrize("keys", (20, 77, 231, 1000, 4096))
 @pytest.mark.parametrize("alpha", (1.25, 1.5, 1.7, 1.95, 2.0))
 def test_one_peak_over_a_cluster_of_nearly_equal_scores(alpha, keys):
     """A start token and padding: the rounding of a threshold counts once per key of the support."""
@@ -47,6 +47,12 @@ def test_one_peak_over_a_cluster_of_nearly_equal_scores(alpha, keys):
         cluster = -depth / (alpha - 1) - torch.rand(64, keys - 1) * 1e-4
         scores = torch.cat([torch.zeros(64, 1), cluster], 1)
         assert (entmax(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("above", (1e-12, 1e-9, 1e-8, 1e-7))
+def test_alpha_just_above_one_is_softmax(above):
+    for scores in (torch.zeros(8, 77), torch.randn(64, 77) * 5, torch.randn(64, 1000) * 0.1):
+        assert (entmax(scores, 1.0 + above) - scores.double().softmax(-1)).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)

@@ -236,3 +236,19 @@ def test_a_function_wrapper_that_rearranges_rows_does_not_mix_prompts(sd15, wrap
     assert relative(tiny.sample(apply(model), positive=long), expected) < 1e-6
     with pytest.raises(RuntimeError, match="rearranged the batch.*Set apply_to to both"):
         tiny.sample(apply(model, apply_to="positive"), positive=long)
+
+
+def test_weight_patches_in_both_orders(sd15):
+    """LoRA: the text projections change, and PLADIS reads the changed ones."""
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+
+    def patch(model):
+        model = model.clone()
+        shape = model.model_state_dict()[key].shape
+        assert model.add_patches({key: ("diff", (torch.ones(shape),))}, 0.5)
+        return model
+
+    before, after = tiny.sample(apply(patch(sd15))), tiny.sample(patch(apply(sd15)))
+    assert torch.equal(before, after)
+    assert relative(before, tiny.sample(apply(sd15))) > 1e-6
+    assert relative(before, tiny.sample(patch(sd15))) > 1e-3
