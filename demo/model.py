@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -60,6 +59,7 @@ def encode_text(encoder: CLIPTextModel, captions: Sequence[str]) -> torch.Tensor
     return encoder(tokens).last_hidden_state
 
 
-def _load(module: torch.nn.Module, name: str) -> torch.nn.Module:
+def load(module: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The module with the shipped weights of that name (float16 on disk), in float32, for inference."""
     module.load_state_dict(load_file(config.WEIGHTS / f"{name}.safetensors"))
-    return module.float().eval().requires_grad_(False)
+    return module.eval().requires_grad_(False)

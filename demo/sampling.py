@@ -34,17 +34,19 @@ def guided(unet, text: torch.Tensor, empty: torch.Tensor, cfg: float) -> Velocit
     Args:
         text: (B, 24, 96), one row per picture.
         empty: the same for the empty prompt.
+        sigma, as the velocity's argument: one for all pictures, or (B,).
         cfg: going higher follows the prompt harder.
     """
 
     def predict(latents: torch.Tensor, sigma: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         # the network was trained on sigma in thousandths
-        return unet(latents, sigma.to(latents.device) * 1000, states).sample
+        return unet(latents, (sigma.to(latents.device) * 1000).expand(len(latents)), states).sample
 
     def velocity(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         if cfg == 1:
             return predict(latents, sigma, text)
-        both = predict(torch.cat((latents, latents)), sigma, torch.cat((text, empty)))
+        sigmas = sigma.expand(len(latents)).repeat(2)
+        both = predict(torch.cat((latents, latents)), sigmas, torch.cat((text, empty)))
         wanted, plain = both.chunk(2)
         return plain + cfg * (wanted - plain)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .scenes import CLOSINGS, COLOURS, KINDS, OPENINGS, RELATIONS
+from .scenes import CLOSINGS, COLOURS, KINDS, OPENINGS, RELATIONS, Kind, Prompt
 
 # a caption's start and end as in CLIP; the end token fills the row up
 START, END = "<start>", "<end>"
@@ -41,3 +41,20 @@ def tokenize(text: str) -> list[int]:
     if len(words) > LENGTH - 2:
         raise ValueError(f"the caption has {len(words)} words; the demo model reads at most {LENGTH - 2}: {text!r}")
     return [TOKENS[START], *(TOKENS[word] for word in words), *[TOKENS[END]] * (LENGTH - 1 - len(words))]
+
+
+def read_caption(text: str) -> Prompt:
+    """What a caption says: its coloured shapes in their order, and the first relation stated between two neighbours.
+
+    Raises:
+        ValueError: as `split_words`.
+    """
+    words = split_words(text)
+    starts = [i for i in range(len(words) - 1) if words[i] in COLOURS and words[i + 1] in KINDS]
+    objects = tuple(Kind(words[i], words[i + 1]) for i in starts)
+    relation = None
+    for number, (here, there) in enumerate(zip(starts, starts[1:], strict=False)):
+        between = " ".join(word for word in words[here + 2 : there] if word not in ("a", "an"))
+        if relation is None and between in RELATIONS:
+            relation = (objects[number], between, objects[number + 1])
+    return Prompt(text, objects, relation)

@@ -26,6 +26,7 @@ def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
 
 
 def to_pictures(pixels: torch.Tensor) -> list[np.ndarray]:
+    """(B, 3, H, W) in [-1, 1] to B pictures (H, W, 3) uint8."""
     return list(((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
 
 

@@ -96,22 +96,30 @@ def train(options: Options) -> None:
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
             checkpoint.save(step + 1)
-            bar.write(f"{step + 1}: loss {smooth:.4f}, {sample(options, average.module, step + 1)}")
+            told = sample(options, average.module, f"diffusion-{step + 1:06}")
+            bar.write(f"{step + 1}: loss {smooth:.4f}, {told}")
+
+
+def trained(options: Options) -> torch.nn.ModuleDict:
+    """The averaged weights of a finished run."""
+    model = torch.nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder()})
+    model.load_state_dict(torch.load(options.folder / "diffusion.pt", weights_only=True)["average"])
+    return model.to(options.device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def sample(options: Options, model: torch.nn.ModuleDict, step: int, count: int = 64, cfg: float = 3.0) -> str:
-    """Draws held-out captions, writes the first of them, and says how well they are followed."""
+def sample(options: Options, model, name: str, cfg: float = 3.0, steps: int = 20, count: int = 64) -> str:
+    """Draws held-out captions, writes the first of them to NAME.png, and says how well they are followed."""
     prompts = random_prompts(count, "tune", seed=0)
     text = encode_text(model["text_encoder"], [prompt.text for prompt in prompts])
     empty = encode_text(model["text_encoder"], [""]).expand_as(text)
     noise = torch.randn(
         count, config.LATENT_CHANNELS, config.LATENT_SIZE, config.LATENT_SIZE, generator=torch.manual_seed(0)
     ).to(options.device)
-    latents = euler(guided(model["unet"], text, empty, cfg), noise, 20)
+    latents = euler(guided(model["unet"], text, empty, cfg), noise, steps)
     pictures = to_pictures(load_autoencoder(options).decode(latents).sample)
     scores = [score(prompt, read(picture)) for prompt, picture in zip(prompts, pictures, strict=True)]
-    options.picture(f"diffusion-{step:06}", [pictures[i : i + 8] for i in range(0, 32, 8)])
+    options.picture(name, [pictures[i : i + 8] for i in range(0, 32, 8)])
     relations = [s.relation for s in scores if s.relation is not None]
     return (
         f"recall {np.mean([s.recall for s in scores]):.3f}, F1 {np.mean([s.f1 for s in scores]):.3f}, "

@@ -17,6 +17,11 @@ import comfy.cli_args  # noqa: E402, F401
 
 sys.argv = arguments
 
+# demo/ is run from the repository's root, beside an installed pladis_core: here they are parts of the pack
+import pladis_pack.pladis_core  # noqa: E402
+
+sys.modules["pladis_core"] = pladis_pack.pladis_core
+
 
 @pytest.fixture(autouse=True)
 def seed():
