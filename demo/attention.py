@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from diffusers import UNet2DConditionModel
 from torch.nn.functional import scaled_dot_product_attention
 

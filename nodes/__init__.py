@@ -7,12 +7,13 @@ from typing_extensions import override
 
 from .apply import PLADISApply
 from .apply_advanced import PLADISApplyAdvanced
+from .demo_checkpoint import PLADISDemoCheckpoint
 
 
 class PLADISExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PLADISApply, PLADISApplyAdvanced]
+        return [PLADISApply, PLADISApplyAdvanced, PLADISDemoCheckpoint]
 
 
 async def comfy_entrypoint() -> PLADISExtension:

@@ -29,8 +29,8 @@ class PLADISDemoCheckpoint(io.ComfyNode):
                     "variant",
                     options=list(UNETS),
                     default="standard",
-                    tooltip="standard: 20 steps of euler with the simple scheduler, CFG 3. few-step: distilled from it, "
-                    "4 steps, CFG 1.",
+                    tooltip="standard: 20 steps of euler with the simple scheduler, CFG 3. few-step: distilled from "
+                    "it, 4 steps of the same, CFG 1.",
                 ),
             ],
             outputs=[

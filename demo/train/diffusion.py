@@ -1,4 +1,4 @@
-"""Trains the diffusion model and its text encoder by flow matching (Lipman et al. 2023) on the autoencoder's latents."""
+"""Trains the diffusion model and its text encoder by flow matching (Lipman et al. 2023), on latents."""
 
 from __future__ import annotations
 

@@ -198,7 +198,8 @@ def _load_vae(weights: Weights) -> comfy.sd.VAE:
     named = comfy.diffusers_convert.convert_vae_state_dict(weights)
     # the host numbers the decoder's levels as if there were four of them
     for level in range(4 - levels, 4):
-        named = comfy.utils.state_dict_prefix_replace(named, {f"decoder.up.{level}.": f"decoder.up.{level + levels - 4}."})
+        there, here = f"decoder.up.{level}.", f"decoder.up.{level + levels - 4}."
+        named = comfy.utils.state_dict_prefix_replace(named, {there: here})
     vae = comfy.sd.VAE(
         sd=named, config={"params": {"ddconfig": layout, "embed_dim": config.LATENT_CHANNELS}}, dtype=torch.float32
     )

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import comfy.sample
 import comfy.sd
-import numpy as np
-import nodes as host_nodes
+import comfy_extras.nodes_custom_sampler as custom
+import comfy_extras.nodes_model_merging as merging
 import pytest
 import torch
 
+import nodes as host_nodes
 from pladis_pack.demo.attention import TextAttention
+from pladis_pack.demo.oracle import read, score
 from pladis_pack.demo.pipeline import Pipeline
 from pladis_pack.demo.sampling import noise
+from pladis_pack.demo.vocabulary import read_caption
 from pladis_pack.nodes.demo_checkpoint import PLADISDemoCheckpoint
 from tiny import apply
 
 CAPTION = "a red circle left of a blue square"
-OTHER = "a drawing of a green ring and a black cross above an orange triangle"
 # pixels in [0, 1]; what the issue asks for
 CLOSE = 1e-4
 
@@ -79,3 +80,123 @@ def test_down_and_up_is_the_same_choice_of_layers(standard):
 def test_guidance_off_is_diffusers_too(standard):
     pipeline = Pipeline()
     assert (picture(*standard, steps=4, cfg=1.0) - expected(pipeline, None, 4, 1.0)).abs().max() < CLOSE
+
+
+def test_loading_reports_no_missing_weight(caplog):
+    with caplog.at_level("WARNING"):
+        load()
+    assert not [record for record in caplog.messages if "missing" in record.lower()]
+
+
+def test_the_custom_sampler_draws_what_the_ksampler_draws(standard):
+    model, clip, vae = standard
+    (positive,) = host_nodes.CLIPTextEncode().encode(clip, CAPTION)
+    (empty,) = host_nodes.CLIPTextEncode().encode(clip, "")
+    (latent,) = host_nodes.EmptyLatentImage().generate(64, 64, 2)
+    sampled = custom.SamplerCustomAdvanced.execute(
+        custom.RandomNoise.execute(7).result[0],
+        custom.CFGGuider.execute(model, positive, empty, 3.0).result[0],
+        custom.KSamplerSelect.execute("euler").result[0],
+        custom.BasicScheduler.execute(model, "simple", 4, 1.0).result[0],
+        latent,
+    ).result[0]
+    assert (host_nodes.VAEDecode().decode(vae, sampled)[0] - picture(*standard, steps=4)).abs().max() < 1e-6
+
+
+def test_a_picture_survives_the_autoencoder(standard):
+    model, clip, vae = standard
+    drawn = picture(*standard)
+    again = host_nodes.VAEDecode().decode(vae, host_nodes.VAEEncode().encode(vae, drawn)[0])[0]
+    assert (again - drawn).abs().mean() < 0.03
+
+
+def test_image_to_image_keeps_what_it_is_not_asked_to_change(standard):
+    model, clip, vae = standard
+    drawn = picture(*standard)
+    (positive,) = host_nodes.CLIPTextEncode().encode(clip, CAPTION)
+    (empty,) = host_nodes.CLIPTextEncode().encode(clip, "")
+    (latent,) = host_nodes.VAEEncode().encode(vae, drawn)
+
+    def redrawn(denoise: float) -> float:
+        sampled = host_nodes.KSampler().sample(
+            model, 3, 10, 3.0, "euler", "simple", positive, empty, latent, denoise=denoise
+        )[0]
+        return (host_nodes.VAEDecode().decode(vae, sampled)[0] - drawn).abs().mean()
+
+    assert redrawn(0.2) < 0.5 * redrawn(1.0)
+
+
+LORA_LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
+# as kohya's scripts name the layers of a U-Net and of its text encoder
+LORA_UNET = "lora_unet_" + LORA_LAYER.replace(".", "_")
+LORA_TEXT = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+
+
+@pytest.fixture
+def lora() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    shapes = {LORA_UNET: (64, 96), LORA_TEXT: (384, 96)}
+    return {
+        f"{layer}.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.15
+        for layer, (out, into) in shapes.items()
+        for part, shape in (("up", (out, 4)), ("down", (4, into)))
+    }
+
+
+def test_a_lora_changes_the_weights_that_it_names(standard, lora):
+    model, clip, vae = standard
+    patched, text = comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0)
+    assert len(patched.patches) == 1 and len(text.patcher.patches) == 1
+    pipeline = Pipeline()
+    with torch.no_grad():
+        up, down = (lora[f"{LORA_UNET}.lora_{part}.weight"] for part in ("up", "down"))
+        pipeline.unet.get_submodule(LORA_LAYER).weight += up @ down
+        up, down = (lora[f"{LORA_TEXT}.lora_{part}.weight"] for part in ("up", "down"))
+        pipeline.text_encoder.encoder.layers[0].mlp.fc1.weight += up @ down
+    wanted = expected(pipeline, TextAttention(2.0), 4, 3.0)
+    assert (picture(apply(patched, scale=2.0), text, vae, steps=4) - wanted).abs().max() < CLOSE
+    assert (picture(apply(model, scale=2.0), clip, vae, steps=4) - wanted).abs().max() > 100 * CLOSE
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.0])
+def test_merging_ends_at_either_model(standard, ratio):
+    model, clip, vae = standard
+    other = load("few-step")[0]
+    merged = merging.ModelMergeSimple().merge(model, other, ratio)[0]
+    end = model if ratio == 1.0 else other
+    assert (picture(merged, clip, vae, steps=4) - picture(end, clip, vae, steps=4)).abs().max() < CLOSE
+
+
+def test_a_merge_in_the_middle_takes_pladis(standard):
+    model, clip, vae = standard
+    merged = merging.ModelMergeSimple().merge(model, load("few-step")[0], 0.5)[0]
+    plain, sparse = (picture(m, clip, vae, steps=4) for m in (merged, apply(merged, scale=2.0)))
+    assert plain.isfinite().all() and (plain - sparse).abs().max() > 100 * CLOSE
+
+
+def test_an_unknown_word_is_named_with_those_that_are_known(standard):
+    with pytest.raises(ValueError, match="'umbrella'.*circle.*red"):
+        host_nodes.CLIPTextEncode().encode(standard[1], "a red umbrella")
+
+
+def test_prompt_weights_and_punctuation_are_read(standard):
+    clip = standard[1]
+
+    def encoded(text: str) -> torch.Tensor:
+        return host_nodes.CLIPTextEncode().encode(clip, text)[0][0][0]
+
+    assert torch.equal(encoded("A red circle, and a blue square."), encoded("a red circle and a blue square"))
+    assert not torch.equal(encoded("a (red:1.4) circle"), encoded("a red circle"))
+
+
+def test_a_long_prompt_goes_on_in_another_chunk(standard):
+    (encoded,) = host_nodes.CLIPTextEncode().encode(standard[1], " and ".join(["a red circle"] * 8))
+    assert encoded[0][0].shape == (1, 48, 96)
+
+
+def test_the_oracle_sees_what_was_asked_for(standard):
+    """In ComfyUI the model draws what its caption says, not merely what diffusers would draw."""
+    pixels = picture(*standard, batch=8)
+    wanted = read_caption(CAPTION)
+    recalls = [score(wanted, read((p * 255).round().byte().numpy())).recall for p in pixels]
+    assert sum(recalls) / len(recalls) > 0.8

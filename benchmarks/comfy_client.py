@@ -1,0 +1,95 @@
+"""A running ComfyUI server: queue a workflow once, wait, fetch its pictures (ComfyUI's server.py has the routes)."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+# how long a server may be away (starting, restarting) before a job fails
+PATIENCE = 120.0
+POLL = 0.25
+
+
+class WorkflowError(RuntimeError):
+    """The server refused a workflow, or a node failed: trying again would not help."""
+
+
+class ComfyClient:
+    """Runs workflows on one server.
+
+    Args:
+        url: such as http://127.0.0.1:8188
+        patience: seconds that the server may be unreachable before `ConnectionError`.
+    """
+
+    def __init__(self, url: str, patience: float = PATIENCE) -> None:
+        self.url = url.rstrip("/")
+        self.patience = patience
+
+    def named_image(self, workflow: dict, job: str) -> tuple[str, bytes]:
+        """`job` and the first file that the workflow saves.
+
+        `job` is the queue's own id for it, so that the same job is never computed twice while the server lives: one
+        that is queued, running or finished is waited for and fetched.
+
+        Raises:
+            WorkflowError: with the server's message.
+            ConnectionError: the server was away for longer than `patience`.
+        """
+        while (entry := self._history(job)) is None:
+            if not self._queued(job):
+                # it may have finished between the two questions
+                if (entry := self._history(job)) is not None:
+                    break
+                self._post("/prompt", {"prompt": workflow, "prompt_id": job})
+            time.sleep(POLL)
+        if entry["status"]["status_str"] != "success":
+            raise WorkflowError(_message(entry))
+        saved = [
+            image
+            for node in sorted(entry["outputs"])
+            for image in entry["outputs"][node].get("images", [])
+            if image["type"] == "output"
+        ]
+        if not saved:
+            raise WorkflowError("the workflow saves no picture: it needs a Save Image node")
+        return job, self._get("/view?" + urllib.parse.urlencode(saved[0]))
+
+    def _history(self, job: str) -> dict | None:
+        return json.loads(self._get(f"/history/{job}")).get(job)
+
+    def _queued(self, job: str) -> bool:
+        queue = json.loads(self._get("/queue"))
+        return any(item[1] == job for item in (*queue["queue_running"], *queue["queue_pending"]))
+
+    def _get(self, path: str) -> bytes:
+        return self._request(path, None)
+
+    def _post(self, path: str, body: dict) -> bytes:
+        return self._request(path, json.dumps(body).encode())
+
+    def _request(self, path: str, data: bytes | None) -> bytes:
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                with urllib.request.urlopen(self.url + path, data, timeout=60) as response:
+                    return response.read()
+            except urllib.error.HTTPError as error:
+                raise WorkflowError(f"{self.url}{path}: {error} {error.read().decode(errors='replace')}") from None
+            except (OSError, http.client.HTTPException) as error:
+                if time.monotonic() > deadline:
+                    raise ConnectionError(
+                        f"no answer from {self.url} for {self.patience:g} s ({error}): is ComfyUI running there?"
+                    ) from None
+                time.sleep(min(1.0, self.patience / 4))
+
+
+def _message(entry: dict) -> str:
+    for kind, details in entry["status"]["messages"]:
+        if kind == "execution_error":
+            return f"node {details['node_id']} ({details['node_type']}): {details['exception_message'].strip()}"
+    return f"the run ended with {entry['status']['status_str']}"
