@@ -33,13 +33,18 @@ class ComfyClient:
     def named_image(self, workflow: dict, job: str) -> tuple[str, bytes]:
         """`job` and the first file that the workflow saves.
 
-        `job` is the queue's own id for it, so that the same job is never computed twice while the server lives: one
-        that is queued, running or finished is waited for and fetched.
+        `job` is the queue's own id for it, so that the same job is not computed twice while the server lives: one that
+        is queued, running or finished is waited for and fetched. One that failed earlier is tried again.
 
         Raises:
             WorkflowError: with the server's message.
             ConnectionError: the server was away for longer than `patience`.
         """
+        if (earlier := self._history(job)) is not None:
+            try:
+                return job, self._picture(earlier)
+            except WorkflowError:
+                self._post("/history", {"delete": [job]})
         while (entry := self._history(job)) is None:
             if not self._queued(job):
                 # it may have finished between the two questions
@@ -47,6 +52,9 @@ class ComfyClient:
                     break
                 self._post("/prompt", {"prompt": workflow, "prompt_id": job})
             time.sleep(POLL)
+        return job, self._picture(entry)
+
+    def _picture(self, entry: dict) -> bytes:
         if entry["status"]["status_str"] != "success":
             raise WorkflowError(_message(entry))
         saved = [
@@ -57,7 +65,7 @@ class ComfyClient:
         ]
         if not saved:
             raise WorkflowError("the workflow saves no picture: it needs a Save Image node")
-        return job, self._get("/view?" + urllib.parse.urlencode(saved[0]))
+        return self._get("/view?" + urllib.parse.urlencode(saved[0]))
 
     def _history(self, job: str) -> dict | None:
         return json.loads(self._get(f"/history/{job}")).get(job)
