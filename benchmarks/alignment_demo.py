@@ -144,12 +144,12 @@ class Runner:
         name = f"{split} | {self.sampling} | {json.dumps(asdict(setting))}"
         if name not in self.store.cells:
             self.pipeline = self.pipeline or Pipeline(self.sampling.variant)
-            self.store.add(name, self._make(self.prompts[split], setting, name))
+            self.store.add(name, self._make(self.prompts[split], setting, f"{split}, {self.sampling}, {_label(setting)}"))
         return self.store.scores(name)
 
     def _make(self, prompts: Sequence[Prompt], setting: TextAttention, name: str) -> list[Score]:
         scores = []
-        for start in tqdm(range(0, len(prompts), BATCH), desc=name[:60], unit="batch", leave=False, mininterval=5):
+        for start in tqdm(range(0, len(prompts), BATCH), desc=name, unit="batch", leave=False, mininterval=5):
             batch = prompts[start : start + BATCH]
             # one seed per caption, the same for every setting
             noise = torch.cat([_noise(start + i) for i in range(len(batch))])
@@ -192,19 +192,19 @@ def _best(tuned: dict[TextAttention, list[Score]], among: Sequence[TextAttention
     return max(among, key=lambda setting: values(tuned[setting], "f1").mean())
 
 
-def _means(scores: Sequence[Score]) -> dict[str, list[float]]:
+def _means(scores: Sequence[Score]) -> dict[str, list[float | None]]:
     return {name: _mean(values(scores, name)) for name in MEASURES}
 
 
-def _differences(scores: Sequence[Score], base: Sequence[Score]) -> dict[str, list[float]]:
+def _differences(scores: Sequence[Score], base: Sequence[Score]) -> dict[str, list[float | None]]:
     return {name: _mean(values(scores, name) - values(base, name)) for name in MEASURES}
 
 
-def _mean(numbers: np.ndarray) -> list[float]:
-    """Mean, standard error, count, of the numbers that are there."""
+def _mean(numbers: np.ndarray) -> list[float | None]:
+    """Mean, standard error, count, of the numbers that are there; None where there are too few."""
     there = numbers[~np.isnan(numbers)]
     if len(there) < 2:
-        return [float("nan"), float("nan"), len(there)]
+        return [None, None, len(there)]
     return [float(there.mean()), float(there.std(ddof=1) / len(there) ** 0.5), len(there)]
 
 
@@ -239,10 +239,16 @@ def _name(row: dict) -> str:
     setting = row["setting"]
     if "chosen" not in row["name"]:
         return row["name"]
-    if setting["lam"] == 0:
-        return f"{row['name']}: t = {setting['temperature']:g}"
-    return f"{row['name']}: lambda {setting['lam']:g}, alpha {setting['alpha']:g}, {setting['layers']}"
+    return f"{row['name']}: {_label(TextAttention(**setting))}"
 
 
-def _show(mean: Sequence[float], sign: bool = False) -> str:
+def _label(setting: TextAttention) -> str:
+    if setting.lam == 0:
+        return f"t = {setting.temperature:g}"
+    return f"lambda {setting.lam:g}, alpha {setting.alpha:g}, {setting.layers}"
+
+
+def _show(mean: Sequence[float | None], sign: bool = False) -> str:
+    if mean[0] is None:
+        return "-"
     return f"{mean[0]:{'+' if sign else ''}.3f} ± {mean[1]:.3f}"

@@ -1,4 +1,4 @@
-"""Makes the pack importable as `pladis_pack`, without its root on sys.path: there `nodes` would shadow ComfyUI's."""
+"""Makes the pack importable as `pladis_pack`: with the root on sys.path, `nodes` would shadow ComfyUI's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ sys.modules.setdefault("pladis_pack", package)
 
 # tests/host runs in ComfyUI's own Python: test_hosts.py starts it
 collect_ignore = [] if "PLADIS_HOST" in os.environ else ["host"]
+if "PLADIS_HOST" not in os.environ:
+    # `demo` and `benchmarks` are run from the root
+    sys.path.insert(0, str(ROOT))
 
 
 def pytest_terminal_summary(terminalreporter):

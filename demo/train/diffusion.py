@@ -18,6 +18,8 @@ from .options import Options
 BATCH = 64
 PEAK = 1.5e-3
 SCENES = 60_000
+# steps before most of the noise levels are those that decide the layout
+SHAPES_FIRST = 2500
 # how often the caption is left out, for classifier-free guidance
 DROPOUT = 0.1
 
@@ -57,10 +59,12 @@ def load_autoencoder(options: Options) -> torch.nn.Module:
     return model.to(options.device).eval().requires_grad_(False)
 
 
-def random_sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
-    """(count, 1, 1, 1): logit-normal (Esser et al. 2024), towards noise, where the layout is decided; a tenth of them
-    uniform, for the ends."""
-    sigmas = torch.sigmoid(torch.randn(count, generator=generator) + 0.3)
+def random_sigmas(step: int, generator: torch.Generator) -> torch.Tensor:
+    """(BATCH, 1, 1, 1): logit-normal (Esser et al. 2024); a tenth of them uniform, for the ends. Shapes and colours are
+    learnt first; then mostly near pure noise, where it is decided what goes where."""
+    mean, spread = (0.3, 1.0) if step < SHAPES_FIRST else (1.2, 1.2)
+    count = BATCH
+    sigmas = torch.sigmoid(torch.randn(count, generator=generator) * spread + mean)
     everywhere = torch.rand(count, generator=generator)
     chosen = torch.rand(count, generator=generator) < 0.1
     return torch.where(chosen, everywhere, sigmas).view(-1, 1, 1, 1)
@@ -80,7 +84,7 @@ def train(options: Options) -> None:
         latents, captions = scenes.batch(options.seed, step)
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         noise = torch.randn(latents.shape, generator=generator)
-        sigmas = random_sigmas(BATCH, generator)
+        sigmas = random_sigmas(step, generator)
         noisy = ((1 - sigmas) * latents + sigmas * noise).to(options.device)
         text = encode_text(model["text_encoder"], captions)
         velocity = model["unet"](noisy, sigmas.flatten().to(options.device) * 1000, text).sample

@@ -1,0 +1,189 @@
+"""The shipped weights, the sampler, the attention processor, and the one-command run."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from demo import config
+from demo.attention import TextAttention, set_text_attention
+from demo.oracle import read, score
+from demo.pipeline import VARIANTS, Pipeline
+from demo.sampling import euler, guided, noise
+from demo.scenes import random_prompts
+from pladis_core import pladis_attention
+
+ROOT = Path(__file__).parents[2]
+FILES = ("autoencoder", "text_encoder", "unet", "unet_few_step")
+
+
+@pytest.fixture(scope="module")
+def standard() -> Pipeline:
+    return Pipeline()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_are_small_and_finite(name):
+    file = config.WEIGHTS / f"{name}.safetensors"
+    assert file.stat().st_size <= 8_000_000
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        content = np.frombuffer(stream.read(), dtype=np.float16)
+    assert {entry["dtype"] for key, entry in header.items() if key != "__metadata__"} == {"F16"}
+    assert np.isfinite(content).all()
+
+
+def test_the_model_card_names_every_file():
+    card = (config.WEIGHTS / "README.md").read_text(encoding="utf-8")
+    assert all(f"{name}.safetensors" in card for name in FILES)
+
+
+# held-out captions that nothing was chosen on; the evidence page has the figures for a thousand of them
+@pytest.mark.parametrize(("variant", "least"), [("standard", 0.9), ("few-step", 0.75)])
+def test_the_model_draws_what_held_out_captions_say(variant, least):
+    prompts = random_prompts(64, "report", seed=11)
+    pipeline = Pipeline(variant)
+    pictures = pipeline.decode(pipeline.latents([prompt.text for prompt in prompts], noise(12, len(prompts))))
+    results = [score(prompt, read(picture)) for prompt, picture in zip(prompts, pictures, strict=True)]
+    assert np.mean([result.recall for result in results]) > least
+
+
+def test_pictures_have_no_checkerboard(standard):
+    """Neighbouring pixels inside a shape or on the ground differ no more than in drawn scenes, edges aside."""
+    prompts = random_prompts(16, "report", seed=13)
+    pictures = standard.decode(standard.latents([p.text for p in prompts], noise(14, 16))).astype(float)
+    alternating = np.indices((2, 2)).sum(0) % 2 * 2 - 1
+    blocks = pictures.reshape(16, 32, 2, 32, 2, 3)
+    pattern = np.abs((blocks * alternating[None, None, :, None, :, None]).sum((2, 4)) / 4)
+    # a checkerboard would be everywhere; at corners of shapes the pattern is there in true pictures too
+    assert np.median(pattern) < 1.0 and np.quantile(pattern, 0.9) < 3.0
+
+
+@pytest.mark.parametrize("layers", ["all", "down + up"])
+def test_only_the_text_layers_that_are_chosen_get_pladis(standard, layers):
+    set_text_attention(standard.unet, TextAttention(2.0, layers=layers))
+    strengths = {name: processor.lam for name, processor in standard.unet.attn_processors.items()}
+    text = {name for name in strengths if ".attn2." in name}
+    wanted = {name for name in text if layers == "all" or not name.startswith("mid_block")}
+    assert len(text) == 7 and {name for name, lam in strengths.items() if lam} == wanted
+
+
+def test_the_processor_is_diffusers_own_with_our_weights(standard):
+    attn = standard.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
+    hidden, text = torch.randn(2, 64, 64), torch.randn(2, 24, 96)
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    torch.testing.assert_close(TextAttention()(attn, hidden, text), AttnProcessor2_0()(attn, hidden, text))
+    heads = [
+        x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden), attn.to_k(text), attn.to_v(text))
+    ]
+    mixed = pladis_attention(*heads, lam=1.5, alpha=1.25, backend="reference").transpose(1, 2).flatten(-2)
+    torch.testing.assert_close(
+        TextAttention(1.5, 1.25)(attn, hidden, text), attn.to_out[0](mixed), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_temperature_scales_the_scores(standard):
+    attn = standard.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
+    hidden, text = torch.randn(2, 64, 64), torch.randn(2, 24, 96)
+    warm = TextAttention(temperature=2.0)(attn, hidden, text)
+    assert not torch.allclose(warm, TextAttention()(attn, hidden, text))
+    before = attn.to_q.weight.clone()
+    attn.to_q.weight *= 2
+    torch.testing.assert_close(TextAttention()(attn, hidden, text), warm, atol=1e-5, rtol=1e-5)
+    attn.to_q.weight.copy_(before)
+
+
+def test_wrong_settings_are_errors():
+    with pytest.raises(ValueError, match="'middle'"):
+        TextAttention(layers="middle")
+    with pytest.raises(ValueError, match="temperature 2"):
+        TextAttention(1.0, temperature=2.0)
+
+
+def test_euler_follows_a_known_flow():
+    """Along a straight line every number of steps ends at the same point."""
+    start, end = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+    calls = []
+    for steps in (1, 7):
+        out = euler(lambda x, sigma: start - end, start, steps, callback=lambda: calls.append(1))
+        torch.testing.assert_close(out, end, atol=1e-5, rtol=1e-5)
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize(("cfg", "rows"), [(1.0, 3), (3.0, 6)])
+def test_guidance_1_evaluates_the_caption_alone(cfg, rows):
+    seen = []
+
+    class Network:
+        def __call__(self, latents, times, states):
+            seen.append(len(latents))
+            self.sample = states[:, :1, :1, None].expand_as(latents)
+            return self
+
+    text, empty = torch.full((3, 24, 96), 2.0), torch.full((3, 24, 96), 1.0)
+    out = guided(Network(), text, empty, cfg)(torch.zeros(3, 4, 16, 16), torch.tensor(0.5))
+    assert seen == [rows]
+    torch.testing.assert_close(out, torch.full_like(out, 1 + cfg))
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "demo", *arguments, "--out", str(tmp_path / "out.png")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_one_command_draws_a_grid_and_says_what_it_shows(tmp_path):
+    start = time.monotonic()
+    result = run(tmp_path, "a red circle left of a blue square")
+    took = time.monotonic() - start
+    assert result.returncode == 0, result.stderr
+    assert took < 60
+    for label in ("softmax:", "lambda 0.5:", "lambda 1:", "lambda 2:"):
+        assert label in result.stdout
+    assert "red circle" in result.stdout and "2 of 2" in result.stdout
+    # progress, up to its end
+    assert "80/80" in result.stderr
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width > 600 and picture.height > 400
+        assert np.asarray(picture.convert("RGB")).std() > 10
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_options_are_taken(tmp_path, variant):
+    options = ("--variant", variant, "--lambdas", "0", "1.5", "--count", "2", "--steps", "2", "--cfg", "2")
+    result = run(tmp_path, "a green ring", *options)
+    assert result.returncode == 0, result.stderr
+    assert "4/4" in result.stderr and "lambda 1.5:" in result.stdout and "lambda 2:" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a red elephant"], "does not know 'elephant'. It knows these words: a, above"),
+        (["a red circle", "--alpha", "3"], "--alpha must be from 1 to 2, not 3"),
+        (["a red circle", "--count", "0"], "must be at least 1"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, arguments, message):
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_same_seed_same_picture(standard):
+    caption = ["a purple cross"]
+    one, two = (standard.latents(caption, noise(5, 1), steps=3) for _ in range(2))
+    assert torch.equal(one, two)
