@@ -93,7 +93,7 @@ def measure(store: Path, tune: int, report: int, steps: int) -> dict:
         steps: Euler steps of the standard model.
     """
     prompts = {"tune": random_prompts(tune, "tune", SEED), "report": random_prompts(report, "report", SEED)}
-    cells = Store(store, {"weights": _fingerprint(), "seed": SEED, "tune": tune, "report": report, "steps": steps})
+    cells = Store(store, {"weights": fingerprint(), "seed": SEED, "tune": tune, "report": report, "steps": steps})
     tables = []
     for sampling in samplings(steps):
         runner = Runner(sampling, prompts, cells)
@@ -130,7 +130,7 @@ def measure(store: Path, tune: int, report: int, steps: int) -> dict:
                 ),
             }
         )
-    return {"captions": {"tune": tune, "report": report}, "seed": SEED, "tables": tables}
+    return {"weights": fingerprint(), "captions": {"tune": tune, "report": report}, "seed": SEED, "tables": tables}
 
 
 class Runner:
@@ -144,12 +144,13 @@ class Runner:
         name = f"{split} | {self.sampling} | {json.dumps(asdict(setting))}"
         if name not in self.store.cells:
             self.pipeline = self.pipeline or Pipeline(self.sampling.variant)
-            self.store.add(name, self._make(self.prompts[split], setting, f"{split}, {self.sampling}, {_label(setting)}"))
+            title = f"{self.sampling}, {split}, {_label(setting)}"
+            self.store.add(name, self._make(self.prompts[split], setting, title))
         return self.store.scores(name)
 
-    def _make(self, prompts: Sequence[Prompt], setting: TextAttention, name: str) -> list[Score]:
+    def _make(self, prompts: Sequence[Prompt], setting: TextAttention, title: str) -> list[Score]:
         scores = []
-        for start in tqdm(range(0, len(prompts), BATCH), desc=name, unit="batch", leave=False, mininterval=5):
+        for start in tqdm(range(0, len(prompts), BATCH), desc=title, unit="batch", leave=False, mininterval=5):
             batch = prompts[start : start + BATCH]
             # one seed per caption, the same for every setting
             noise = torch.cat([_noise(start + i) for i in range(len(batch))])
@@ -166,7 +167,8 @@ def _noise(number: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(SEED * 100_003 + number))
 
 
-def _fingerprint() -> str:
+def fingerprint() -> str:
+    """Of the shipped weights."""
     files = sorted(config.WEIGHTS.glob("*.safetensors"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 

@@ -28,7 +28,7 @@ from pladis_core import entmax, pladis_weights
 PATTERNS, WIDTH = 77, 64
 BETAS = (4.0, 8.0, 16.0)
 NOISES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 SOFTMAX = "softmax"
 CONTROL = "softmax at its best beta"
 Weigh = Callable[[torch.Tensor], torch.Tensor]

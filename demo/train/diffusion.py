@@ -11,15 +11,18 @@ from .. import config
 from ..model import autoencoder, encode_text, text_encoder, unet
 from ..oracle import read, score
 from ..sampling import euler, guided
-from ..scenes import describe, draw, random_prompts, random_scene
+from ..scenes import CLEAR, Placed, describe, draw, random_prompts, random_scene, relation_between
+from .auxiliary import DirectionProbe, PositionProbes
 from .common import Average, Checkpoint, learning_rate, to_pictures, to_tensor
 from .options import Options
 
 BATCH = 64
 PEAK = 1.5e-3
 SCENES = 60_000
-# steps before most of the noise levels are those that decide the layout
+# steps that learn shapes and colours alone; afterwards half of each batch is about relations
 SHAPES_FIRST = 2500
+# weight of the auxiliary losses
+AUXILIARY = 1.0
 # how often the caption is left out, for classifier-free guidance
 DROPOUT = 0.1
 
@@ -34,6 +37,8 @@ class Scenes:
         if not file.exists():
             save_file({"latents": self._encode(options).contiguous()}, file)
         self.latents = load_file(file)["latents"]
+        # two objects whose relation is clear: a caption of theirs says more about the layout than any other
+        self.pairs = np.array([number for number, scene in enumerate(self.scenes) if _is_clear_pair(scene)])
 
     @torch.no_grad()
     def _encode(self, options: Options) -> torch.Tensor:
@@ -46,11 +51,21 @@ class Scenes:
             ]
         )
 
-    def batch(self, seed: int, step: int) -> tuple[torch.Tensor, list[str]]:
+    def batch(self, seed: int, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+        """Latents (BATCH, 4, 16, 16), captions, and which rows are there for their relation (BATCH,)."""
         rng = np.random.default_rng([seed, 2, step])
-        chosen = rng.integers(SCENES, size=BATCH)
+        related = np.arange(BATCH) < (BATCH // 2 if step >= SHAPES_FIRST else 0)
+        chosen = np.where(related, rng.choice(self.pairs, BATCH), rng.integers(SCENES, size=BATCH))
         captions = [describe(self.scenes[i], rng).text for i in chosen]
-        return self.latents[chosen], ["" if rng.random() < DROPOUT else caption for caption in captions]
+        captions = ["" if rng.random() < DROPOUT else caption for caption in captions]
+        return self.latents[chosen], captions, torch.from_numpy(related)
+
+
+def _is_clear_pair(scene: list[Placed]) -> bool:
+    if len(scene) != 2:
+        return False
+    first, second = scene
+    return relation_between(first.x - second.x, first.y - second.y, CLEAR) is not None
 
 
 def load_autoencoder(options: Options) -> torch.nn.Module:
@@ -59,45 +74,62 @@ def load_autoencoder(options: Options) -> torch.nn.Module:
     return model.to(options.device).eval().requires_grad_(False)
 
 
-def random_sigmas(step: int, generator: torch.Generator) -> torch.Tensor:
-    """(BATCH, 1, 1, 1): logit-normal (Esser et al. 2024); a tenth of them uniform, for the ends. Shapes and colours are
-    learnt first; then mostly near pure noise, where it is decided what goes where."""
-    mean, spread = (0.3, 1.0) if step < SHAPES_FIRST else (1.2, 1.2)
-    count = BATCH
-    sigmas = torch.sigmoid(torch.randn(count, generator=generator) * spread + mean)
-    everywhere = torch.rand(count, generator=generator)
-    chosen = torch.rand(count, generator=generator) < 0.1
+def random_sigmas(related: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(BATCH, 1, 1, 1): logit-normal (Esser et al. 2024); a tenth of them uniform, for the ends. Rows that are there
+    for their relation (`related`, (BATCH,) boolean) are near pure noise, where it is decided what goes where."""
+    mean, spread = torch.where(related, 2.3, 0.3), torch.where(related, 0.8, 1.0)
+    sigmas = torch.sigmoid(torch.randn(BATCH, generator=generator) * spread + mean)
+    everywhere = torch.rand(BATCH, generator=generator)
+    chosen = torch.rand(BATCH, generator=generator) < 0.1
     return torch.where(chosen, everywhere, sigmas).view(-1, 1, 1, 1)
 
 
 def train(options: Options) -> None:
     torch.manual_seed(options.seed)
     model = torch.nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder()}).to(options.device)
+    # before the hooks, which must not see it
     average = Average(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=0.01)
-    checkpoint = Checkpoint(options.folder / "diffusion.pt", model=model, average=average.module, optimizer=optimizer)
+    probes = torch.nn.ModuleDict(
+        {
+            "position": PositionProbes(model["unet"]),
+            "direction": DirectionProbe(config.TEXT_ENCODER["hidden_size"]),
+        }
+    ).to(options.device)
+    probing = torch.optim.AdamW(probes.parameters(), lr=PEAK)
+    checkpoint = Checkpoint(
+        options.folder / "diffusion.pt",
+        model=model,
+        average=average.module,
+        optimizer=optimizer,
+        probes=probes,
+        probing=probing,
+    )
     start = checkpoint.load()
     scenes = Scenes(options)
     bar = trange(start, options.steps, initial=start, total=options.steps, desc="diffusion", mininterval=10)
     smooth = None
     for step in bar:
-        latents, captions = scenes.batch(options.seed, step)
+        latents, captions, related = scenes.batch(options.seed, step)
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         noise = torch.randn(latents.shape, generator=generator)
-        sigmas = random_sigmas(step, generator)
+        sigmas = random_sigmas(related, generator)
         noisy = ((1 - sigmas) * latents + sigmas * noise).to(options.device)
         text = encode_text(model["text_encoder"], captions)
         velocity = model["unet"](noisy, sigmas.flatten().to(options.device) * 1000, text).sample
         loss = (velocity - (noise - latents).to(options.device)).square().mean()
+        place = probes["position"].loss() + probes["direction"].loss(text, captions)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps, PEAK)
         optimizer.zero_grad()
-        loss.backward()
+        probing.zero_grad()
+        (loss + AUXILIARY * place).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        probing.step()
         average.update(model, step)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        bar.set_postfix(loss=f"{smooth:.4f}", place=f"{place.item():.3f}", refresh=False)
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
             checkpoint.save(step + 1)
             told = sample(options, average.module, f"diffusion-{step + 1:06}")

@@ -38,7 +38,7 @@ def train(options: Options) -> None:
     empty = encode_text(teacher["text_encoder"], [""])
     bar = trange(start, options.steps, initial=start, total=options.steps, desc="student", mininterval=10)
     for step in bar:
-        latents, captions = scenes.batch(options.seed + 1, step)
+        latents, captions, _ = scenes.batch(options.seed + 1, step)
         text = encode_text(teacher["text_encoder"], captions)
         generator = torch.Generator().manual_seed((options.seed + 1) * 1_000_003 + step)
         noise = torch.randn(latents.shape, generator=generator)

@@ -29,6 +29,14 @@ Weights = dict[str, torch.Tensor]
 class DemoLatents(comfy.latent_formats.LatentFormat):
     latent_channels = config.LATENT_CHANNELS
     spacial_downscale_ratio = config.DOWNSCALE
+    # the best linear guess at the colours, for the sampler's previews
+    latent_rgb_factors = [
+        [0.0082, 0.1372, 0.0596],
+        [-0.0924, -0.1287, -0.2587],
+        [-0.0337, -0.0898, -0.1206],
+        [0.2239, -0.0219, -0.1422],
+    ]
+    latent_rgb_factors_bias = [0.9034, 0.8910, 0.8847]
 
 
 class DemoConfig(comfy.supported_models_base.BASE):

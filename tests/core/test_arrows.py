@@ -35,3 +35,18 @@ def test_only_hosting_knows_the_hosts_hooks_and_the_core():
 def test_core_never_reaches_out():
     for path in (ROOT / "pladis_core").rglob("*.py"):
         assert not any(name.startswith(("comfy", "nodes", "...")) for name in imports(path)), path
+
+
+def test_the_demo_model_is_read_by_the_host_and_never_reads_it():
+    """ComfyUI gets the demo's plain sizes and words; its weights are built from the host's own classes."""
+    for path in (ROOT / "demo").rglob("*.py"):
+        assert not any(name.startswith(("comfy", "nodes", "benchmarks")) for name in imports(path)), path
+    for path in (ROOT / "nodes").rglob("*.py"):
+        read = {name for name in imports(path) if "demo" in name.split(".") and name.startswith("...")}
+        assert read <= {"...demo", "...demo.vocabulary"}, path
+
+
+def test_what_the_host_reads_of_the_demo_needs_neither_diffusers_nor_transformers():
+    code = "import sys, demo.config; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "[]"

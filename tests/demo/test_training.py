@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo.train import autoencoder, common, diffusion, export, student
+from demo.train import autoencoder, auxiliary, common, diffusion, export, student
 from demo.train.options import Options
 
 
@@ -109,3 +109,29 @@ def test_the_learning_rate_rises_and_falls_to_0():
     rates = [common.learning_rate(step, 100, 1.0, warm_up=10) for step in range(101)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0 and rates[-1] < 1e-9
     assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_directions_are_at_the_words_that_follow_a_relation():
+    found = auxiliary.directions("a drawing of a red circle left of a blue square and a green ring")
+    named = {number: tuple(row) for number, row in enumerate(found.tolist()) if any(row)}
+    # start, a, drawing, of, a, red, circle, left, of, a, blue, square
+    assert named == {10: (1.0, 0.0), 11: (1.0, 0.0)}
+    assert auxiliary.directions("a red circle above a blue square")[6].tolist() == [0.0, 1.0]
+    assert not auxiliary.directions("").any()
+
+
+def test_the_probes_see_what_enters_each_text_attention():
+    from demo.model import unet
+
+    network = unet()
+    entered = []
+    for name, _ in network.named_modules():
+        if name.endswith("transformer_blocks.0"):
+            # before its projection a transformer normalises; its input is the residual block's output
+            parent = network.get_submodule(name.removesuffix(".transformer_blocks.0"))
+            parent.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    probes = auxiliary.PositionProbes(network)
+    network(torch.randn(2, 4, 16, 16), torch.ones(2), torch.randn(2, 24, 96))
+    assert len(entered) == len(probes.seen) == 7
+    assert all(any(torch.equal(seen, tensor) for tensor in entered) for seen in probes.seen.values())
+    assert probes.loss().item() > 0

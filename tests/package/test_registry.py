@@ -83,9 +83,12 @@ def test_comfy_validates_the_pack(comfy):
 
 def test_the_zip_holds_what_runs(zipped):
     assert {"__init__.py", "pyproject.toml", "LICENSE", "README.md"} <= zipped
-    for folder in ("nodes", "pladis_core"):
+    for folder in ("nodes", "pladis_core", "demo"):
         expected = {name for name in pack_files() if name.startswith(f"{folder}/")}
+        expected -= {name for name in expected if name.startswith("demo/train")}
         assert expected and expected <= zipped
+    # the demo node needs them
+    assert len([name for name in zipped if name.endswith(".safetensors")]) == 4
 
 
 def test_the_zip_holds_nothing_else(zipped):

@@ -1,0 +1,43 @@
+"""docs/evidence.md shows the measurements that docs/evidence/ holds, and no others."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks import alignment_demo, noise_robustness
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "evidence.md").read_text(encoding="utf-8")
+
+
+def load(name: str) -> dict:
+    return json.loads((DOCS / "evidence" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_alignment_tables_are_the_measured_ones():
+    result = load("alignment")
+    assert alignment_demo.markdown(result) in PAGE
+    assert result["captions"]["report"] >= 1000
+    assert [table["sampling"] for table in result["tables"]] == [str(s) for s in alignment_demo.samplings(0)]
+
+
+def test_the_alignment_was_measured_on_the_weights_that_ship():
+    assert load("alignment")["weights"] == alignment_demo.fingerprint()
+
+
+def test_every_table_has_both_controls():
+    for table in load("alignment")["tables"]:
+        names = " ".join(row["name"] for row in table["reported"])
+        assert "control: temperature" in names and "control: lambda -1" in names
+
+
+def test_the_noise_tables_are_the_measured_ones():
+    points = [noise_robustness.Point(**point) for point in load("noise_robustness")["points"]]
+    assert noise_robustness.markdown(points) in PAGE
+
+
+def test_every_picture_of_the_page_is_there():
+    for file in re.findall(r"!\[[^]]*\]\(([^)]+)\)", PAGE):
+        assert (DOCS / file).is_file(), file
