@@ -63,6 +63,34 @@ class DirectionProbe(torch.nn.Module):
         return (self.probe(states) - wanted).square().mean() * LENGTH
 
 
+class SideProbes(torch.nn.Module):
+    """Whether a place lies on the second object's side, read linearly from what leaves each text attention: the
+    product of place and direction, which the network needs in order to lay objects out.
+
+    Args:
+        unet: hooked; its next forward pass is what `loss` looks at.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        layers = [layer for name, layer in unet.named_modules() if name.split(".")[-2:-1] == ["attentions"]]
+        self.probes = torch.nn.ModuleList(torch.nn.Conv2d(layer.in_channels, 1, 1) for layer in layers)
+        self.seen: dict[int, torch.Tensor] = {}
+        for number, layer in enumerate(layers):
+            layer.register_forward_hook(lambda _, __, out, number=number: self.seen.__setitem__(number, out[0]))
+
+    def loss(self, captions: Sequence[str]) -> torch.Tensor:
+        """Mean squared error, averaged over the layers."""
+        # two words carry the same direction
+        ways = torch.stack([directions(caption).sum(0) / 2 for caption in captions])
+        errors = []
+        for number, probe in enumerate(self.probes):
+            found = probe(self.seen[number])
+            wanted = torch.einsum("bi,iyx->byx", ways.to(found.device), _coordinates(found))
+            errors.append((found[:, 0] - wanted).square().mean())
+        return torch.stack(errors).mean()
+
+
 def directions(caption: str) -> torch.Tensor:
     """(24, 2): the direction at both words of an object that follows a relation, 0 at every other token."""
     words = split_words(caption)

@@ -12,15 +12,15 @@ from ..model import autoencoder, encode_text, text_encoder, unet
 from ..oracle import read, score
 from ..sampling import euler, guided
 from ..scenes import CLEAR, Placed, describe, draw, random_prompts, random_scene, relation_between
-from .auxiliary import DirectionProbe, PositionProbes
+from .auxiliary import DirectionProbe, PositionProbes, SideProbes
 from .common import Average, Checkpoint, learning_rate, to_pictures, to_tensor
 from .options import Options
 
 BATCH = 64
 PEAK = 1.5e-3
 SCENES = 60_000
-# steps that learn shapes and colours alone; afterwards half of each batch is about relations
-SHAPES_FIRST = 2500
+# until these steps: shapes and colours; then relations alone, from pure noise; then half of each batch either way
+SHAPES_UNTIL, RELATIONS_UNTIL = 2500, 3000
 # weight of the auxiliary losses
 AUXILIARY = 1.0
 # how often the caption is left out, for classifier-free guidance
@@ -54,7 +54,8 @@ class Scenes:
     def batch(self, seed: int, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         """Latents (BATCH, 4, 16, 16), captions, and which rows are there for their relation (BATCH,)."""
         rng = np.random.default_rng([seed, 2, step])
-        related = np.arange(BATCH) < (BATCH // 2 if step >= SHAPES_FIRST else 0)
+        share = 0.0 if step < SHAPES_UNTIL else 1.0 if step < RELATIONS_UNTIL else 0.5
+        related = np.arange(BATCH) < BATCH * share
         chosen = np.where(related, rng.choice(self.pairs, BATCH), rng.integers(SCENES, size=BATCH))
         captions = [describe(self.scenes[i], rng).text for i in chosen]
         captions = ["" if rng.random() < DROPOUT else caption for caption in captions]
@@ -76,12 +77,14 @@ def load_autoencoder(options: Options) -> torch.nn.Module:
 
 def random_sigmas(related: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """(BATCH, 1, 1, 1): logit-normal (Esser et al. 2024); a tenth of them uniform, for the ends. Rows that are there
-    for their relation (`related`, (BATCH,) boolean) are near pure noise, where it is decided what goes where."""
-    mean, spread = torch.where(related, 2.3, 0.3), torch.where(related, 0.8, 1.0)
-    sigmas = torch.sigmoid(torch.randn(BATCH, generator=generator) * spread + mean)
+    for their relation (`related`, (BATCH,) boolean) are from .9 to 1: nearly pure noise, where only the words can tell
+    what goes where; all of them at 1 while relations are learnt alone."""
+    sigmas = torch.sigmoid(torch.randn(BATCH, generator=generator) + 0.3)
     everywhere = torch.rand(BATCH, generator=generator)
     chosen = torch.rand(BATCH, generator=generator) < 0.1
-    return torch.where(chosen, everywhere, sigmas).view(-1, 1, 1, 1)
+    sigmas = torch.where(chosen, everywhere, sigmas)
+    near_noise = torch.ones(BATCH) if related.all() else 1 - 0.1 * everywhere
+    return torch.where(related, near_noise, sigmas).view(-1, 1, 1, 1)
 
 
 def train(options: Options) -> None:
@@ -94,6 +97,7 @@ def train(options: Options) -> None:
         {
             "position": PositionProbes(model["unet"]),
             "direction": DirectionProbe(config.TEXT_ENCODER["hidden_size"]),
+            "side": SideProbes(model["unet"]),
         }
     ).to(options.device)
     probing = torch.optim.AdamW(probes.parameters(), lr=PEAK)
@@ -119,17 +123,18 @@ def train(options: Options) -> None:
         velocity = model["unet"](noisy, sigmas.flatten().to(options.device) * 1000, text).sample
         loss = (velocity - (noise - latents).to(options.device)).square().mean()
         place = probes["position"].loss() + probes["direction"].loss(text, captions)
+        side = probes["side"].loss(captions)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps, PEAK)
         optimizer.zero_grad()
         probing.zero_grad()
-        (loss + AUXILIARY * place).backward()
+        (loss + AUXILIARY * (place + side)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         probing.step()
         average.update(model, step)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
-        bar.set_postfix(loss=f"{smooth:.4f}", place=f"{place.item():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{smooth:.4f}", place=f"{place.item():.3f}", side=f"{side.item():.3f}", refresh=False)
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
             checkpoint.save(step + 1)
             told = sample(options, average.module, f"diffusion-{step + 1:06}")

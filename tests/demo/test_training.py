@@ -21,7 +21,9 @@ def small(monkeypatch):
     monkeypatch.setattr(diffusion, "BATCH", 4)
     monkeypatch.setattr(student, "BATCH", 4)
     monkeypatch.setattr(diffusion, "SCENES", 20)
-    monkeypatch.setattr(diffusion, "SHAPES_FIRST", 2)
+    # every kind of batch
+    monkeypatch.setattr(diffusion, "SHAPES_UNTIL", 1)
+    monkeypatch.setattr(diffusion, "RELATIONS_UNTIL", 3)
     for module in (diffusion, student):
         monkeypatch.setattr(module, "sample", lambda options, *_, **__: options.picture("sample", []))
     monkeypatch.setattr(Options, "picture", lambda *_: None)
