@@ -133,8 +133,3 @@ def _holds(prompt: Prompt, seen: Sequence[Placed]) -> bool | None:
     first, words, second = prompt.relation
     pairs = [(a, b) for a in seen if a.kind == first for b in seen if b.kind == second]
     return any(relation_between(a.x - b.x, a.y - b.y) == words for a, b in pairs) if pairs else None
-
-
-def describe_picture(seen: Sequence[Placed]) -> str:
-    """In words: what, and in which third of the picture."""
-    return ", ".join(str(placed.kind) for placed in sorted(seen, key=lambda placed: (placed.y, placed.x))) or "nothing"

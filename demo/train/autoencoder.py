@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from tqdm import trange
 
 from ..model import autoencoder
-from .common import Average, Checkpoint, learning_rate, random_batch, to_pictures
+from .common import Run, random_batch, to_pictures
 from .options import Options
 
 BATCH = 16
@@ -20,34 +19,20 @@ KL = 1e-5
 def train(options: Options) -> None:
     torch.manual_seed(options.seed)
     model = autoencoder().to(options.device)
-    average = Average(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=0.01)
-    checkpoint = Checkpoint(
-        options.folder / "autoencoder.pt", model=model, average=average.module, optimizer=optimizer
-    )
-    start = checkpoint.load()
-    bar = trange(start, options.steps, initial=start, total=options.steps, desc="autoencoder", mininterval=10)
-    for step in bar:
+    run = Run("autoencoder", options, model, PEAK)
+    for step in run.steps():
         pictures = random_batch(options.seed, step, BATCH)[0].to(options.device)
         latents = model.encode(pictures).latent_dist
         noise = torch.Generator(options.device).manual_seed(options.seed * 1_000_003 + step)
         error = (model.decode(latents.sample(noise)).sample - pictures).abs().mean()
         loss = error + KL * latents.kl().mean() / latents.mean[0].numel()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options.steps, PEAK)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average.update(model, step)
-        bar.set_postfix(l1=f"{error.item():.4f}", std=f"{latents.mean.std().item():.2f}", refresh=False)
-        if (step + 1) % options.every == 0 or step + 1 == options.steps:
-            checkpoint.save(step + 1)
+        run.descend(step, loss, l1=error.item(), std=latents.mean.std().item())
+        if run.due(step):
             shown = pictures[:8]
-            options.picture(
-                f"autoencoder-{step + 1:06}", [to_pictures(shown), to_pictures(average.module(shown).sample)]
-            )
-    save_file(normalised(average.module, options).state_dict(), options.folder / "autoencoder.safetensors")
+            again = run.average.module(shown).sample
+            options.picture(f"autoencoder-{step + 1:06}", [to_pictures(shown), to_pictures(again)])
+    weights = normalised(run.average.module, options).state_dict()
+    save_file(weights, options.folder / "autoencoder.safetensors")
 
 
 @torch.no_grad()

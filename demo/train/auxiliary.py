@@ -16,79 +16,56 @@ from ..scenes import RELATIONS
 from ..vocabulary import LENGTH, split_words
 
 
-class PositionProbes(torch.nn.Module):
-    """Coordinates in [-1, 1] read linearly from what enters each text attention.
+class Probes(torch.nn.Module):
+    """Three things that the network must know to lay objects out, each read linearly from its features.
+
+    - place: coordinates in [-1, 1], from what enters each text attention;
+    - direction: which way an object lies from the one before it, from its two words. "a red circle left of a blue
+      square": the blue square lies to the right. The text encoder is causal: only the second object's words can know;
+    - side: whether a place lies on the second object's side, the product of the two, from what leaves each text
+      attention.
 
     Args:
-        unet: hooked; its next forward pass is what `loss` looks at.
+        unet: whose features are read, once it is watched.
+        width: of the text states.
     """
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, width: int) -> None:
         super().__init__()
-        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-        layers = [
-            resnet
-            for block in blocks
-            # each attention follows the residual block of its number
-            for resnet, _ in zip(block.resnets, getattr(block, "attentions", ()), strict=False)
-        ]
-        self.probes = torch.nn.ModuleList(torch.nn.Conv2d(layer.conv2.out_channels, 2, 1) for layer in layers)
-        self.seen: dict[int, torch.Tensor] = {}
-        for number, layer in enumerate(layers):
-            layer.register_forward_hook(lambda _, __, out, number=number: self.seen.__setitem__(number, out))
+        widths = [attention.in_channels for attention in _text_attentions(unet)]
+        self.place = torch.nn.ModuleList(torch.nn.Conv2d(width, 2, 1) for width in widths)
+        self.direction = torch.nn.Linear(width, 2)
+        self.side = torch.nn.ModuleList(torch.nn.Conv2d(width, 1, 1) for width in widths)
+        self.entering: dict[int, torch.Tensor] = {}
+        self.leaving: dict[int, torch.Tensor] = {}
 
-    def loss(self) -> torch.Tensor:
-        """Mean squared error, averaged over the layers."""
-        errors = []
-        for number, probe in enumerate(self.probes):
-            found = probe(self.seen[number])
-            errors.append((found - _coordinates(found)).square().mean())
-        return torch.stack(errors).mean()
+    def watch(self, unet: UNet2DConditionModel) -> None:
+        """From now on every forward pass leaves its features here."""
+        for number, attention in enumerate(_text_attentions(unet)):
+            attention.register_forward_pre_hook(lambda _, seen, n=number: self.entering.__setitem__(n, seen[0]))
+            attention.register_forward_hook(lambda _, __, out, n=number: self.leaving.__setitem__(n, out[0]))
 
+    def loss(self, text: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
+        """Mean squared errors of the last forward pass: over places and layers, and over tokens times their number.
 
-class DirectionProbe(torch.nn.Module):
-    """Which way an object lies from the one before it, read linearly from its two words.
-
-    "a red circle left of a blue square": the blue square lies to the right. The text encoder is causal, so that only
-    the second object's words can know.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.probe = torch.nn.Linear(width, 2)
-
-    def loss(self, states: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
-        """Mean squared error over all tokens; `states` is (B, 24, width)."""
-        wanted = torch.stack([directions(caption) for caption in captions]).to(states.device)
-        return (self.probe(states) - wanted).square().mean() * LENGTH
-
-
-class SideProbes(torch.nn.Module):
-    """Whether a place lies on the second object's side, read linearly from what leaves each text attention: the
-    product of place and direction, which the network needs in order to lay objects out.
-
-    Args:
-        unet: hooked; its next forward pass is what `loss` looks at.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        layers = [layer for name, layer in unet.named_modules() if name.split(".")[-2:-1] == ["attentions"]]
-        self.probes = torch.nn.ModuleList(torch.nn.Conv2d(layer.in_channels, 1, 1) for layer in layers)
-        self.seen: dict[int, torch.Tensor] = {}
-        for number, layer in enumerate(layers):
-            layer.register_forward_hook(lambda _, __, out, number=number: self.seen.__setitem__(number, out[0]))
-
-    def loss(self, captions: Sequence[str]) -> torch.Tensor:
-        """Mean squared error, averaged over the layers."""
+        Args:
+            text: (B, 24, width), the states of the captions.
+        """
+        wanted = torch.stack([directions(caption) for caption in captions]).to(text.device)
+        direction = (self.direction(text) - wanted).square().mean() * LENGTH
         # two words carry the same direction
-        ways = torch.stack([directions(caption).sum(0) / 2 for caption in captions])
+        ways = wanted.sum(1) / 2
         errors = []
-        for number, probe in enumerate(self.probes):
-            found = probe(self.seen[number])
-            wanted = torch.einsum("bi,iyx->byx", ways.to(found.device), _coordinates(found))
-            errors.append((found[:, 0] - wanted).square().mean())
-        return torch.stack(errors).mean()
+        for number, (place, side) in enumerate(zip(self.place, self.side, strict=True)):
+            where = _coordinates(self.entering[number])
+            errors.append((place(self.entering[number]) - where).square().mean())
+            sides = torch.einsum("bi,iyx->byx", ways, where)
+            errors.append((side(self.leaving[number])[:, 0] - sides).square().mean())
+        return direction + 2 * torch.stack(errors).mean()
+
+
+def _text_attentions(unet: UNet2DConditionModel) -> list[torch.nn.Module]:
+    return [module for name, module in unet.named_modules() if name.split(".")[-2:-1] == ["attentions"]]
 
 
 def directions(caption: str) -> torch.Tensor:

@@ -1,15 +1,17 @@
-"""What the three training runs share: seeded batches, averaged weights, resuming, the learning rate's course."""
+"""What the three training runs share: seeded batches, and the run itself."""
 
 from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from tqdm import trange
 
 from ..scenes import Prompt, describe, draw, random_scene
+from .options import Options
 
 
 def random_batch(seed: int, step: int, size: int) -> tuple[torch.Tensor, list[Prompt]]:
@@ -52,24 +54,70 @@ class Average:
             mean.lerp_(value, 1 - decay)
 
 
-class Checkpoint:
-    """Everything a run needs to go on, in one file that is replaced whole."""
+class Run:
+    """One training run: AdamW, averaged weights, a progress bar, and a checkpoint that it goes on from.
 
-    def __init__(self, path: Path, **parts) -> None:
-        self.path = path
-        self.parts = parts
+    Args:
+        name: of the checkpoint, in the options' folder, and of the bar.
+        model: what is trained and averaged.
+        peak, warm_up: of the learning rate.
+        decay: of the average.
+        parts: modules that belong to the checkpoint too; those that need gradients are trained along.
+    """
 
-    def load(self) -> int:
-        """The step to go on with; 0 where there is no file."""
-        if not self.path.exists():
+    def __init__(
+        self,
+        name: str,
+        options: Options,
+        model: torch.nn.Module,
+        peak: float,
+        warm_up: int = 200,
+        decay: float = 0.999,
+        **parts: torch.nn.Module,
+    ) -> None:
+        self.name, self.options, self.model, self.peak, self.warm_up = name, options, model, peak, warm_up
+        self.average = Average(model, decay)
+        trained = [p for module in (model, *parts.values()) for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+        self.parts = {"model": model, "average": self.average.module, "optimizer": self.optimizer, **parts}
+        self.file = options.folder / f"{name}.pt"
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are still to be made."""
+        start = self._load()
+        total = self.options.steps
+        with trange(start, total, initial=start, total=total, desc=self.name, mininterval=10) as self.bar:
+            yield from self.bar
+
+    def descend(self, step: int, loss: torch.Tensor, **shown: float) -> None:
+        """One optimizer step; `shown` appears beside the bar."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.options.steps, self.peak, self.warm_up)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update(self.model, step)
+        self.bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for samples; then everything is saved first."""
+        due = (step + 1) % self.options.every == 0 or step + 1 == self.options.steps
+        if due:
+            self._save(step + 1)
+        return due
+
+    def _load(self) -> int:
+        if not self.file.exists():
             return 0
-        saved = torch.load(self.path, weights_only=True)
+        saved = torch.load(self.file, weights_only=True, map_location=self.options.device)
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         return saved["step"]
 
-    def save(self, step: int) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".new")
+    def _save(self, step: int) -> None:
+        """In one file that is replaced whole: a run that dies while saving loses nothing."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.file.with_suffix(".new")
         torch.save({"step": step, **{name: part.state_dict() for name, part in self.parts.items()}}, fresh)
-        fresh.replace(self.path)
+        fresh.replace(self.file)

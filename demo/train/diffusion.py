@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 from .. import config
 from ..model import autoencoder, encode_text, text_encoder, unet
 from ..oracle import read, score
 from ..sampling import euler, guided
 from ..scenes import CLEAR, Placed, describe, draw, random_prompts, random_scene, relation_between
-from .auxiliary import DirectionProbe, PositionProbes, SideProbes
-from .common import Average, Checkpoint, learning_rate, to_pictures, to_tensor
+from .auxiliary import Probes
+from .common import Run, to_pictures, to_tensor
 from .options import Options
 
 BATCH = 64
@@ -21,7 +21,7 @@ PEAK = 1.5e-3
 SCENES = 60_000
 # until these steps: shapes and colours; then relations alone, from pure noise; then half of each batch either way
 SHAPES_UNTIL, RELATIONS_UNTIL = 2500, 3000
-# weight of the auxiliary losses
+# weight of the probes' loss
 AUXILIARY = 1.0
 # how often the caption is left out, for classifier-free guidance
 DROPOUT = 0.1
@@ -90,30 +90,13 @@ def random_sigmas(related: torch.Tensor, generator: torch.Generator) -> torch.Te
 def train(options: Options) -> None:
     torch.manual_seed(options.seed)
     model = torch.nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder()}).to(options.device)
-    # before the hooks, which must not see it
-    average = Average(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=0.01)
-    probes = torch.nn.ModuleDict(
-        {
-            "position": PositionProbes(model["unet"]),
-            "direction": DirectionProbe(config.TEXT_ENCODER["hidden_size"]),
-            "side": SideProbes(model["unet"]),
-        }
-    ).to(options.device)
-    probing = torch.optim.AdamW(probes.parameters(), lr=PEAK)
-    checkpoint = Checkpoint(
-        options.folder / "diffusion.pt",
-        model=model,
-        average=average.module,
-        optimizer=optimizer,
-        probes=probes,
-        probing=probing,
-    )
-    start = checkpoint.load()
+    probes = Probes(model["unet"], config.TEXT_ENCODER["hidden_size"]).to(options.device)
+    run = Run("diffusion", options, model, PEAK, probes=probes)
+    # only now: the average, a copy of the network, must not be watched
+    probes.watch(model["unet"])
     scenes = Scenes(options)
-    bar = trange(start, options.steps, initial=start, total=options.steps, desc="diffusion", mininterval=10)
-    smooth = None
-    for step in bar:
+    smooth = 1.0
+    for step in run.steps():
         latents, captions, related = scenes.batch(options.seed, step)
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         noise = torch.randn(latents.shape, generator=generator)
@@ -121,24 +104,12 @@ def train(options: Options) -> None:
         noisy = ((1 - sigmas) * latents + sigmas * noise).to(options.device)
         text = encode_text(model["text_encoder"], captions)
         velocity = model["unet"](noisy, sigmas.flatten().to(options.device) * 1000, text).sample
-        loss = (velocity - (noise - latents).to(options.device)).square().mean()
-        place = probes["position"].loss() + probes["direction"].loss(text, captions)
-        side = probes["side"].loss(captions)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options.steps, PEAK)
-        optimizer.zero_grad()
-        probing.zero_grad()
-        (loss + AUXILIARY * (place + side)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        probing.step()
-        average.update(model, step)
-        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
-        bar.set_postfix(loss=f"{smooth:.4f}", place=f"{place.item():.3f}", side=f"{side.item():.3f}", refresh=False)
-        if (step + 1) % options.every == 0 or step + 1 == options.steps:
-            checkpoint.save(step + 1)
-            told = sample(options, average.module, f"diffusion-{step + 1:06}")
-            bar.write(f"{step + 1}: loss {smooth:.4f}, {told}")
+        error = (velocity - (noise - latents).to(options.device)).square().mean()
+        probing = probes.loss(text, captions)
+        smooth += 0.01 * (error.item() - smooth)
+        run.descend(step, error + AUXILIARY * probing, error=smooth, probes=probing.item())
+        if run.due(step):
+            run.bar.write(f"{step + 1}: {sample(options, run.average.module, f'diffusion-{step + 1:06}')}")
 
 
 def trained(options: Options) -> torch.nn.ModuleDict:

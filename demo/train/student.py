@@ -6,11 +6,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from tqdm import trange
 
 from ..model import encode_text
 from ..sampling import guided
-from .common import Average, Checkpoint, learning_rate
+from .common import Average, Run
 from .diffusion import BATCH, Scenes, sample, trained
 from .options import Options
 
@@ -27,17 +26,12 @@ def train(options: Options) -> None:
     torch.manual_seed(options.seed)
     teacher = trained(options)
     student = copy.deepcopy(teacher["unet"]).train().requires_grad_(True)
-    # two averages: a quick one that the student learns from, a slow one that is shipped
-    target, average = Average(student, 0.95), Average(student, 0.995)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=PEAK, betas=(0.9, 0.99), weight_decay=0.0)
-    checkpoint = Checkpoint(
-        options.folder / "student.pt", model=student, target=target.module, average=average.module, optimizer=optimizer
-    )
-    start = checkpoint.load()
+    # a quick average, that the student learns from; the slow one of the run is shipped
+    target = Average(student, 0.95)
+    run = Run("student", options, student, PEAK, warm_up=100, decay=0.995, target=target.module)
     scenes = Scenes(options)
     empty = encode_text(teacher["text_encoder"], [""])
-    bar = trange(start, options.steps, initial=start, total=options.steps, desc="student", mininterval=10)
-    for step in bar:
+    for step in run.steps():
         latents, captions, _ = scenes.batch(options.seed + 1, step)
         text = encode_text(teacher["text_encoder"], captions)
         generator = torch.Generator().manual_seed((options.seed + 1) * 1_000_003 + step)
@@ -48,21 +42,13 @@ def train(options: Options) -> None:
         error = endpoint(student, noisy, sigmas, text) - wanted
         # pseudo-Huber: rows that are far off do not drown the others
         loss = (error.square().mean((1, 2, 3)) + 1e-4).sqrt().mean()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options.steps, PEAK, warm_up=100)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
+        run.descend(step, loss, error=loss.item())
         target.update(student, step)
-        average.update(student, step)
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if (step + 1) % options.every == 0 or step + 1 == options.steps:
-            checkpoint.save(step + 1)
-            model = {"unet": average.module, "text_encoder": teacher["text_encoder"]}
+        if run.due(step):
+            model = {"unet": run.average.module, "text_encoder": teacher["text_encoder"]}
             for steps in (4, 2, 1):
                 told = sample(options, model, f"student-{steps}-{step + 1:06}", cfg=1.0, steps=steps)
-                bar.write(f"{step + 1}, {steps} steps: {told}")
+                run.bar.write(f"{step + 1}, {steps} steps: {told}")
 
 
 def endpoint(network, noisy: torch.Tensor, sigmas: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

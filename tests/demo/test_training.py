@@ -122,18 +122,26 @@ def test_directions_are_at_the_words_that_follow_a_relation():
     assert not auxiliary.directions("").any()
 
 
-def test_the_probes_see_what_enters_each_text_attention():
+def test_the_probes_read_every_text_attention():
     from demo.model import unet
 
     network = unet()
-    entered = []
-    for name, _ in network.named_modules():
-        if name.endswith("transformer_blocks.0"):
-            # before its projection a transformer normalises; its input is the residual block's output
-            parent = network.get_submodule(name.removesuffix(".transformer_blocks.0"))
-            parent.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
-    probes = auxiliary.PositionProbes(network)
-    network(torch.randn(2, 4, 16, 16), torch.ones(2), torch.randn(2, 24, 96))
-    assert len(entered) == len(probes.seen) == 7
-    assert all(any(torch.equal(seen, tensor) for tensor in entered) for seen in probes.seen.values())
-    assert probes.loss().item() > 0
+    probes = auxiliary.Probes(network, 96)
+    probes.watch(network)
+    captions, text = ["a red circle left of a blue square", ""], torch.randn(2, 24, 96)
+    network(torch.randn(2, 4, 16, 16), torch.ones(2), text)
+    assert len(probes.entering) == len(probes.leaving) == 7
+    assert all(probes.entering[n].shape == probes.leaving[n].shape for n in range(7))
+    loss = probes.loss(text, captions)
+    loss.backward()
+    # the network is taught, not the probes alone
+    assert loss > 0 and network.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_the_side_is_where_the_second_object_lies():
+    """x grows to the right, y down: "left of" puts the second object to the right."""
+    where = auxiliary._coordinates(torch.zeros(1, 1, 4, 4))
+    right = torch.einsum("i,iyx->yx", auxiliary.directions("a red ring left of a blue ring").sum(0) / 2, where)
+    below = torch.einsum("i,iyx->yx", auxiliary.directions("a red ring above a blue ring").sum(0) / 2, where)
+    assert (right[:, 3] == 1).all() and (right[:, 0] == -1).all()
+    assert (below[3] == 1).all() and (below[0] == -1).all()
