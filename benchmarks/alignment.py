@@ -39,6 +39,8 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from . import alignment_demo
 
+    if min(args.tune, args.report) < 2 or args.steps < 1:
+        raise ValueError("--tune and --report must be at least 2, --steps at least 1")
     result = alignment_demo.measure(args.out / "scores.json", args.tune, args.report, args.steps)
     (args.out / "tables.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = alignment_demo.markdown(result)
@@ -72,6 +74,10 @@ def _server(args: argparse.Namespace) -> None:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{args.prompts} holds no prompt")
+    for name, given in (("prompt", prompts), ("seed", args.seeds), ("lambda", args.lambdas)):
+        twice = [value for value in given if given.count(value) > 1]
+        if twice:
+            raise ValueError(f"{name} {twice[0]!r} is given twice: the same pictures would count twice")
     # before the pictures, which take long
     scorers = _scorers(args)
     images = args.out / "images"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +34,10 @@ GRID = (
     *(TextAttention(lam, alpha) for alpha in (1.5, 2.0) for lam in (0.5, 1.0, 2.0, 3.0)),
     *(TextAttention(lam, 1.5, layers="down + up") for lam in (0.5, 1.0, 2.0)),
 )
-TEMPERATURES = tuple(TextAttention(temperature=t) for t in (1.25, 1.5, 2.0, 3.0))
+TEMPERATURES = (
+    *(TextAttention(temperature=t) for t in (1.25, 1.5, 2.0, 3.0)),
+    *(TextAttention(temperature=t, layers="down + up") for t in (1.25, 1.5, 2.0, 3.0)),
+)
 MEASURES = ("recall", "complete", "f1", "count", "relation")
 
 
@@ -61,17 +65,22 @@ def samplings(steps: int) -> tuple[Sampling, ...]:
 @dataclass
 class Store:
     """Scores of finished cells, by name, in a file that is written after each of them: a run that was stopped goes
-    on. Another model, other captions or other seeds start afresh."""
+    on.
+
+    Raises:
+        ValueError: the file holds another model's scores, of other captions or by other code.
+    """
 
     file: Path
-    identity: dict
+    identity: str
     cells: dict[str, list] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.file.exists():
             saved = json.loads(self.file.read_text(encoding="utf-8"))
-            if saved["identity"] == self.identity:
-                self.cells = saved["cells"]
+            if saved["identity"] != self.identity:
+                raise ValueError(f"{self.file} holds scores of another model, captions or code: choose another --out")
+            self.cells = saved["cells"]
 
     def add(self, name: str, scores: Sequence[Score]) -> None:
         self.cells[name] = [[s.found, s.named, s.seen, s.relation] for s in scores]
@@ -93,10 +102,15 @@ def measure(store: Path, tune: int, report: int, steps: int) -> dict:
         steps: Euler steps of the standard model.
     """
     prompts = {"tune": random_prompts(tune, "tune", SEED), "report": random_prompts(report, "report", SEED)}
-    cells = Store(store, {"weights": fingerprint(), "seed": SEED, "tune": tune, "report": report, "steps": steps})
+    weights = fingerprint()
+    texts = [prompt.text for split in prompts.values() for prompt in split]
+    sources = [file.read_text(encoding="utf-8") for file in sorted(Path(config.__file__).parent.glob("*.py"))]
+    identity = hashlib.sha256(json.dumps([weights, SEED, steps, texts, sources]).encode()).hexdigest()
+    cells = Store(store, identity)
     tables = []
     for sampling in samplings(steps):
         runner = Runner(sampling, prompts, cells)
+        over_tune, over_report = Summary(prompts["tune"]), Summary(prompts["report"])
         tuned = {setting: runner.scores("tune", setting) for setting in (SOFTMAX, PAPER, *GRID, *TEMPERATURES)}
         chosen = _best(tuned, GRID)
         temperature = _best(tuned, (SOFTMAX, *TEMPERATURES))
@@ -115,22 +129,22 @@ def measure(store: Path, tune: int, report: int, steps: int) -> dict:
             {
                 "sampling": str(sampling),
                 "steps": sampling.steps,
-                "tuned": [{"setting": asdict(s), **_means(scores)} for s, scores in tuned.items()],
+                "tuned": [{"setting": asdict(s), **over_tune.means(scores)} for s, scores in tuned.items()],
                 "reported": [
                     {
                         "name": name,
                         "setting": asdict(shown[name]),
-                        **_means(scores),
-                        "gain": _differences(scores, reported["softmax"]),
+                        **over_report.means(scores),
+                        "gain": over_report.differences(scores, reported["softmax"]),
                     }
                     for name, scores in reported.items()
                 ],
-                "chosen_over_temperature": _differences(
+                "chosen_over_temperature": over_report.differences(
                     reported["PLADIS, chosen"], reported["control: temperature, chosen"]
                 ),
             }
         )
-    return {"weights": fingerprint(), "captions": {"tune": tune, "report": report}, "seed": SEED, "tables": tables}
+    return {"weights": weights, "captions": {"tune": tune, "report": report}, "seed": SEED, "tables": tables}
 
 
 class Runner:
@@ -153,7 +167,7 @@ class Runner:
         for start in tqdm(range(0, len(prompts), BATCH), desc=title, unit="batch", leave=False, mininterval=5):
             batch = prompts[start : start + BATCH]
             # one seed per caption, the same for every setting
-            noise = torch.cat([_noise(start + i) for i in range(len(batch))])
+            noise = torch.cat([_noise(prompt) for prompt in batch])
             latents = self.pipeline.latents(
                 [prompt.text for prompt in batch], noise, setting, self.sampling.steps, self.sampling.cfg
             )
@@ -162,9 +176,9 @@ class Runner:
         return scores
 
 
-def _noise(number: int) -> torch.Tensor:
+def _noise(prompt: Prompt) -> torch.Tensor:
     shape = (1, config.LATENT_CHANNELS, config.LATENT_SIZE, config.LATENT_SIZE)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED * 100_003 + number))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(SEED * 2**32 + zlib.crc32(prompt.text.encode())))
 
 
 def fingerprint() -> str:
@@ -194,20 +208,34 @@ def _best(tuned: dict[TextAttention, list[Score]], among: Sequence[TextAttention
     return max(among, key=lambda setting: values(tuned[setting], "f1").mean())
 
 
-def _means(scores: Sequence[Score]) -> dict[str, list[float | None]]:
-    return {name: _mean(values(scores, name)) for name in MEASURES}
+class Summary:
+    """Means over captions, with standard errors that allow for captions of the same objects to be alike."""
 
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        sets = [frozenset(prompt.objects) for prompt in prompts]
+        numbers = {objects: number for number, objects in enumerate(dict.fromkeys(sets))}
+        self.sets = np.array([numbers[objects] for objects in sets])
 
-def _differences(scores: Sequence[Score], base: Sequence[Score]) -> dict[str, list[float | None]]:
-    return {name: _mean(values(scores, name) - values(base, name)) for name in MEASURES}
+    def means(self, scores: Sequence[Score]) -> dict[str, list[float | None]]:
+        return {name: self._mean(values(scores, name)) for name in MEASURES}
 
+    def differences(self, scores: Sequence[Score], base: Sequence[Score]) -> dict[str, list[float | None]]:
+        return {name: self._mean(values(scores, name) - values(base, name)) for name in MEASURES}
 
-def _mean(numbers: np.ndarray) -> list[float | None]:
-    """Mean, standard error, count, of the numbers that are there; None where there are too few."""
-    there = numbers[~np.isnan(numbers)]
-    if len(there) < 2:
-        return [None, None, len(there)]
-    return [float(there.mean()), float(there.std(ddof=1) / len(there) ** 0.5), len(there)]
+    def _mean(self, numbers: np.ndarray) -> list[float | None]:
+        """Mean, standard error, count, of the numbers that are there; None where there are too few.
+
+        The standard error is clustered by the set of objects (Liang, Zeger 1986).
+        """
+        there = ~np.isnan(numbers)
+        count, sets = int(there.sum()), self.sets[there]
+        groups = len(np.unique(sets))
+        if groups < 2:
+            return [None, None, count]
+        mean = numbers[there].mean()
+        sums = np.bincount(sets, weights=numbers[there] - mean)
+        error = (groups / (groups - 1) * (sums**2).sum()) ** 0.5 / count
+        return [float(mean), float(error), count]
 
 
 def markdown(result: dict) -> str:
@@ -246,7 +274,7 @@ def _name(row: dict) -> str:
 
 def _label(setting: TextAttention) -> str:
     if setting.lam == 0:
-        return f"t = {setting.temperature:g}"
+        return f"t = {setting.temperature:g}, {setting.layers}"
     return f"lambda {setting.lam:g}, alpha {setting.alpha:g}, {setting.layers}"
 
 

@@ -43,6 +43,11 @@ class Job:
         return f"p{self.prompt:04}_s{self.seed}_l{self.lam:g}.png"
 
 
+# a job, its workflow, its name in the server's queue
+Task = tuple[Job, dict, str]
+Run = Callable[[Sequence[Task]], Iterator[tuple[Job, bytes]]]
+
+
 class Template:
     """A workflow in ComfyUI's API format with places for prompt, seed and lambda.
 
@@ -51,10 +56,13 @@ class Template:
         node: id or title of the Apply PLADIS node; the only one there is when None.
 
     Raises:
-        ValueError: no such node or more than one, no {prompt} in any text, no seed.
+        ValueError: not in API format, no such node or more than one, no {prompt} in any text, no seed.
     """
 
     def __init__(self, workflow: dict, node: str | None = None) -> None:
+        nodes = workflow.values() if isinstance(workflow, dict) else [None]
+        if not all(isinstance(entry, dict) and {"class_type", "inputs"} <= entry.keys() for entry in nodes):
+            raise ValueError("the workflow is not in API format: in ComfyUI, Workflow > Export (API)")
         self.workflow = workflow
         self.apply = self._find_apply(node)
         self.texts = [
@@ -87,8 +95,13 @@ class Template:
             raise ValueError(f"the workflow must have {asked}, exactly one; it has: {listed}")
         return named[0]
 
-    def filled(self, prompt: str, seed: int, lam: float) -> dict:
+    def filled(self, prompt: str, seed: int, lam: float, prefix: str = "pladis") -> dict:
+        """The workflow of one picture, saved under names that begin with `prefix`."""
         workflow = copy.deepcopy(self.workflow)
+        for entry in workflow.values():
+            entry.pop("_meta", None)
+            if isinstance(entry["inputs"].get("filename_prefix"), str):
+                entry["inputs"]["filename_prefix"] = prefix
         for key, name in self.texts:
             workflow[key]["inputs"][name] = workflow[key]["inputs"][name].replace(PLACEHOLDER, prompt)
         for key, name in self.seeds:
@@ -120,10 +133,7 @@ def make_images(
     _claim(folder, identity)
     jobs = [Job(number, seed, lam) for number in range(len(prompts)) for seed in seeds for lam in lambdas]
     missing = [job for job in jobs if not (folder / job.file).exists()]
-    tasks = [
-        (job, template.filled(prompts[job.prompt], job.seed, job.lam), str(uuid.uuid5(identity, job.file)))
-        for job in missing
-    ]
+    tasks = [_task(template, prompts[job.prompt], job, str(uuid.uuid5(identity, job.file))) for job in missing]
     with (
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="pictures", unit="picture") as bar,
         _runner(servers, ray_address) as run,
@@ -133,16 +143,21 @@ def make_images(
             bar.update()
 
 
+def _task(template: Template, prompt: str, job: Job, name: str) -> Task:
+    # under a name of its own: servers that share an output folder would choose the same number
+    return job, template.filled(prompt, job.seed, job.lam, prefix=f"pladis-alignment/{name}"), name
+
+
 def _identity(template: Template, prompts: Sequence[str]) -> uuid.UUID:
     """Of everything that a picture depends on besides its job."""
-    text = json.dumps([template.workflow, template.apply, list(prompts)], sort_keys=True)
+    text = json.dumps([template.filled(PLACEHOLDER, 0, 0.0), template.apply, list(prompts)], sort_keys=True)
     return uuid.UUID(hashlib.sha256(text.encode()).hexdigest()[:32])
 
 
 def _claim(folder: Path, identity: uuid.UUID) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "identity"
-    if mark.exists() and mark.read_text() != str(identity):
+    if any(folder.glob("*.png")) and mark.exists() and mark.read_text() != str(identity):
         raise ValueError(f"{folder} holds pictures of another workflow or of other prompts: choose another --out")
     write_whole(mark, str(identity).encode())
 
@@ -152,10 +167,6 @@ def write_whole(file: Path, content: bytes) -> None:
     fresh = file.with_name(file.name + ".new")
     fresh.write_bytes(content)
     fresh.replace(file)
-
-
-Task = tuple[Job, dict, str]
-Run = Callable[[Sequence[Task]], Iterator[tuple[Job, bytes]]]
 
 
 @contextmanager
@@ -180,7 +191,7 @@ def _ray(address: str):
         import ray
     except ImportError:
         raise ImportError('Ray is not installed: pip install -e ".[cluster]"') from None
-    ray.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False)
+    ray.init(address=address, include_dashboard=False, log_to_driver=False)
     try:
         yield ray
     finally:
@@ -188,17 +199,34 @@ def _ray(address: str):
 
 
 def _on_ray(ray, servers: Sequence[str], tasks: Sequence[Task]) -> Iterator[tuple[Job, bytes]]:
-    """One worker per server. Pictures travel back through Ray, and the client's code with the worker: the machines
-    need neither a common disk nor this repository."""
+    """One worker per server; what a server that is away leaves undone goes to the others. Pictures travel back through
+    Ray, and the client's code with the worker: the machines need neither a common disk nor this repository."""
     from ray.util import ActorPool
 
     ray.cloudpickle.register_pickle_by_value(comfy_client)
     worker = ray.remote(num_cpus=0, max_restarts=RETRIES, max_task_retries=RETRIES)(ComfyClient)
     pool = ActorPool([worker.remote(server) for server in servers])
 
-    jobs = {name: job for job, _, name in tasks}
-    for name, image in pool.map_unordered(lambda actor, task: actor.named_image.remote(*task[1:]), tasks):
-        yield jobs[name], image
+    by_name = {task[2]: task for task in tasks}
+    for task in tasks:
+        pool.submit(_attempt, task)
+    in_vain = 0
+    while pool.has_next():
+        name, image = pool.get_next_unordered()
+        if isinstance(image, ConnectionError):
+            in_vain += 1
+            # every server has had its chance, and none has answered since
+            if in_vain > 2 * len(servers):
+                raise image
+            pool.submit(_attempt, by_name[name])
+        else:
+            in_vain = 0
+            yield by_name[name][0], image
+
+
+def _attempt(worker, task: Task):
+    _, workflow, name = task
+    return worker.attempt.remote(workflow, name)
 
 
 def tabulate(
@@ -209,7 +237,8 @@ def tabulate(
     scorers: dict[str, Scorer],
     batch: int = 16,
 ) -> dict:
-    """Scores of all pictures: means, and differences from the first lambda paired by prompt and seed.
+    """Scores of all pictures: means, and differences from the first lambda paired by prompt and seed. Standard errors
+    are over prompts: pictures of one prompt resemble each other.
 
     Returns:
         {"prompts", "seeds", "lambdas", "scores": {name: {lambda: [one number per prompt and seed]}},
@@ -225,8 +254,10 @@ def tabulate(
                     chunk = pairs[start : start + batch]
                     row += scorer([prompts[n] for n, _ in chunk], [folder / Job(n, s, lam).file for n, s in chunk])
                     bar.update(len(chunk))
+    base = f"{lambdas[0]:g}"
     table = [
-        {"lambda": lam, **{name: _compare(rows[f"{lam:g}"], rows[f"{lambdas[0]:g}"]) for name, rows in scores.items()}}
+        {"lambda": lam}
+        | {name: _compare(rows[f"{lam:g}"], rows[base], len(seeds)) for name, rows in scores.items()}
         for lam in lambdas
     ]
     return {
@@ -234,13 +265,14 @@ def tabulate(
     }  # fmt: skip
 
 
-def _compare(row: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    values, gains = np.array(row), np.array(row) - np.array(base)
-    error = len(values) ** -0.5
-    spread, gain_spread = (float(x.std(ddof=1)) if len(x) > 1 else float("nan") for x in (values, gains))
+def _compare(row: Sequence[float], base: Sequence[float], seeds: int) -> dict[str, float]:
+    values = np.array(row).reshape(-1, seeds).mean(1)
+    gains = values - np.array(base).reshape(-1, seeds).mean(1)
+    error, gain_error = (
+        float(x.std(ddof=1) * len(x) ** -0.5) if len(x) > 1 else float("nan") for x in (values, gains)
+    )
     return {
-        "mean": float(values.mean()), "se": spread * error,
-        "difference": float(gains.mean()), "difference_se": gain_spread * error,
+        "mean": float(values.mean()), "se": error, "difference": float(gains.mean()), "difference_se": gain_error,
     }  # fmt: skip
 
 

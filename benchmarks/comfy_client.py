@@ -12,6 +12,8 @@ import urllib.request
 # how long a server may be away (starting, restarting) before a job fails
 PATIENCE = 120.0
 POLL = 0.25
+# what a proxy answers in place of a server that is away
+AWAY = (502, 503, 504)
 
 
 class WorkflowError(RuntimeError):
@@ -31,7 +33,7 @@ class ComfyClient:
         self.patience = patience
 
     def named_image(self, workflow: dict, job: str) -> tuple[str, bytes]:
-        """`job` and the first file that the workflow saves.
+        """`job` and the first picture that the workflow's one saving node saves.
 
         `job` is the queue's own id for it, so that the same job is not computed twice while the server lives: one that
         is queued, running or finished is waited for and fetched. One that failed earlier is tried again.
@@ -54,18 +56,26 @@ class ComfyClient:
             time.sleep(POLL)
         return job, self._picture(entry)
 
+    def attempt(self, workflow: dict, job: str) -> tuple[str, bytes | ConnectionError]:
+        """`named_image`, but a server that is away is an answer, so that others can take the job."""
+        try:
+            return self.named_image(workflow, job)
+        except ConnectionError as error:
+            return job, error
+
     def _picture(self, entry: dict) -> bytes:
         if entry["status"]["status_str"] != "success":
             raise WorkflowError(_message(entry))
-        saved = [
-            image
-            for node in sorted(entry["outputs"])
-            for image in entry["outputs"][node].get("images", [])
-            if image["type"] == "output"
-        ]
-        if not saved:
-            raise WorkflowError("the workflow saves no picture: it needs a Save Image node")
-        return self._get("/view?" + urllib.parse.urlencode(saved[0]))
+        saved = {
+            node: [image for image in output.get("images", []) if image["type"] == "output"]
+            for node, output in entry["outputs"].items()
+        }
+        saved = {node: images for node, images in saved.items() if images}
+        if len(saved) != 1:
+            nodes = ", ".join(sorted(saved)) or "none"
+            raise WorkflowError(f"exactly one node of the workflow must save a picture (Save Image); here: {nodes}")
+        ((image, *_),) = saved.values()
+        return self._get("/view?" + urllib.parse.urlencode(image))
 
     def _history(self, job: str) -> dict | None:
         return json.loads(self._get(f"/history/{job}")).get(job)
@@ -86,9 +96,10 @@ class ComfyClient:
             try:
                 with urllib.request.urlopen(self.url + path, data, timeout=60) as response:
                     return response.read()
-            except urllib.error.HTTPError as error:
-                raise WorkflowError(f"{self.url}{path}: {error} {error.read().decode(errors='replace')}") from None
             except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, urllib.error.HTTPError) and error.code not in AWAY:
+                    said = error.read().decode(errors="replace")
+                    raise WorkflowError(f"{self.url}{path}: {error} {said}") from None
                 if time.monotonic() > deadline:
                     raise ConnectionError(
                         f"no answer from {self.url} for {self.patience:g} s ({error}): is ComfyUI running there?"

@@ -21,7 +21,7 @@ class DualEncoder:
 
     def __init__(self, folder: Path, clipscore: bool, device: str = "cpu") -> None:
         self.clipscore, self.device = clipscore, device
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+        self.model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).to(device).eval()
         self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "logit_scale"):
             raise ValueError(

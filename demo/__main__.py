@@ -58,7 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("pladis_demo.png"))
     args = parser.parse_args()
-    if min(args.count, args.steps or 1) < 1:
+    if args.count < 1 or (args.steps is not None and args.steps < 1):
         parser.error("--count and --steps must be at least 1")
     if not 1 <= args.alpha <= 2:
         parser.error(f"--alpha must be from 1 to 2, not {args.alpha}")

@@ -19,7 +19,7 @@ class Pipeline:
     """The demo model, loaded from demo/weights, in float32.
 
     Args:
-        variant: "standard", or "few-step": distilled from it, for 1 to 4 steps without guidance.
+        variant: "standard", or "few-step": distilled from it, for 1 to 8 steps without guidance.
     """
 
     def __init__(self, variant: str = "standard", device: str = "cpu") -> None:

@@ -1,7 +1,7 @@
 """Scenes of one to three coloured shapes, their captions, and how they are drawn.
 
 A scene is drawn 64 x 64 with soft edges on a white ground. Sets of objects are split for good: those whose hash says
-"tune" or "report" are never trained on, in no order and with no wording.
+"tune" or "report" are never trained on, in no order and with no wording; pairs do occur inside trained scenes of three.
 """
 
 from __future__ import annotations

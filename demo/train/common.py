@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -119,5 +120,19 @@ class Run:
         """In one file that is replaced whole: a run that dies while saving loses nothing."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.file.with_suffix(".new")
-        torch.save({"step": step, **{name: part.state_dict() for name, part in self.parts.items()}}, fresh)
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save({"step": step, "steps": self.options.steps, **states}, fresh)
         fresh.replace(self.file)
+
+
+def averaged(file: Path) -> dict[str, torch.Tensor]:
+    """The averaged weights of a finished run.
+
+    Raises:
+        ValueError: the run has not come to its end.
+    """
+    saved = torch.load(file, weights_only=True, map_location="cpu")
+    if saved["step"] < saved["steps"]:
+        at = f"step {saved['step']} of {saved['steps']}"
+        raise ValueError(f"{file} is at {at}: finish it with python -m demo.train {file.stem}")
+    return saved["average"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +15,7 @@ from ..oracle import read, score
 from ..sampling import euler, guided
 from ..scenes import CLEAR, Placed, describe, draw, random_prompts, random_scene, relation_between
 from .auxiliary import Probes
-from .common import Run, to_pictures, to_tensor
+from .common import Run, averaged, to_pictures, to_tensor
 from .options import Options
 
 BATCH = 64
@@ -33,9 +35,12 @@ class Scenes:
     def __init__(self, options: Options) -> None:
         rng = np.random.default_rng([options.seed, 1])
         self.scenes = [random_scene(rng) for _ in range(SCENES)]
-        file = options.folder / "latents.safetensors"
+        encoder = hashlib.sha256((options.folder / "autoencoder.safetensors").read_bytes()).hexdigest()[:8]
+        file = options.folder / f"latents-{SCENES}-{options.seed}-{encoder}.safetensors"
         if not file.exists():
-            save_file({"latents": self._encode(options).contiguous()}, file)
+            fresh = file.with_suffix(".new")
+            save_file({"latents": self._encode(options).contiguous()}, fresh)
+            fresh.replace(file)
         self.latents = load_file(file)["latents"]
         # two objects whose relation is clear: a caption of theirs says more about the layout than any other
         self.pairs = np.array([number for number, scene in enumerate(self.scenes) if _is_clear_pair(scene)])
@@ -113,9 +118,9 @@ def train(options: Options) -> None:
 
 
 def trained(options: Options) -> torch.nn.ModuleDict:
-    """The averaged weights of a finished run."""
+    """The averaged weights of the finished run."""
     model = torch.nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder()})
-    model.load_state_dict(torch.load(options.folder / "diffusion.pt", weights_only=True)["average"])
+    model.load_state_dict(averaged(options.folder / "diffusion.pt"))
     return model.to(options.device).eval().requires_grad_(False)
 
 
