@@ -12,7 +12,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from .comfy_client import WorkflowError
+from .comfy_client import PATIENCE, WorkflowError
 
 
 def main() -> None:
@@ -59,6 +59,9 @@ def _server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("alignment-server"), help="folder of all that is written")
     parser.add_argument("--server", nargs="+", default=["http://127.0.0.1:8188"], help="several need --ray")
     parser.add_argument("--ray", help="'local', or the address of a Ray cluster; one worker per server")
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE, help="seconds that a server may be away before it counts as lost"
+    )
     parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for CLIPScore")
     parser.add_argument(
         "--preference", type=Path, nargs="+", default=[], help="folders of preference models (PickScore, ...)"
@@ -81,7 +84,7 @@ def _server(args: argparse.Namespace) -> None:
     # before the pictures, which take long
     scorers = _scorers(args)
     images = args.out / "images"
-    server.make_images(template, prompts, args.seeds, args.lambdas, images, args.server, args.ray)
+    server.make_images(template, prompts, args.seeds, args.lambdas, images, args.server, args.ray, args.patience)
     server.grid(prompts, args.seeds[0], args.lambdas, images).save(args.out / "grid.png")
     result = server.tabulate(prompts, args.seeds, args.lambdas, images, scorers)
     server.write_whole(args.out / "results.json", json.dumps(result, indent=1).encode())

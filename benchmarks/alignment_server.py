@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from . import comfy_client
-from .comfy_client import ComfyClient
+from .comfy_client import PATIENCE, ComfyClient
 
 APPLY = ("PLADISApply", "PLADISApplyAdvanced")
 SEED_INPUTS = ("seed", "noise_seed")
@@ -118,12 +119,14 @@ def make_images(
     folder: Path,
     servers: Sequence[str],
     ray_address: str | None = None,
+    patience: float = PATIENCE,
 ) -> None:
     """Makes every picture that is not in `folder` yet.
 
     Args:
         servers: addresses of ComfyUI servers: one, or with Ray as many as there are.
         ray_address: "local" for Ray on this machine, else a cluster's address; one worker per server.
+        patience: seconds that a server may be away before it counts as lost.
 
     Raises:
         ValueError: `folder` holds pictures of another workflow or of other prompts.
@@ -136,7 +139,7 @@ def make_images(
     tasks = [_task(template, prompts[job.prompt], job, str(uuid.uuid5(identity, job.file))) for job in missing]
     with (
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="pictures", unit="picture") as bar,
-        _runner(servers, ray_address) as run,
+        _runner(servers, ray_address, patience) as run,
     ):
         for job, image in run(tasks):
             write_whole(folder / job.file, image)
@@ -170,14 +173,14 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _runner(servers: Sequence[str], ray_address: str | None) -> Iterator[Run]:
+def _runner(servers: Sequence[str], ray_address: str | None, patience: float) -> Iterator[Run]:
     if ray_address is None:
         if len(servers) > 1:
             raise ValueError(f"{len(servers)} servers need Ray to share the work: add --ray local, or give one server")
-        yield lambda tasks: _on_one(ComfyClient(servers[0]), tasks)
+        yield lambda tasks: _on_one(ComfyClient(servers[0], patience), tasks)
     else:
         with _ray(ray_address) as ray:
-            yield lambda tasks: _on_ray(ray, servers, tasks)
+            yield lambda tasks: _on_ray(ray, servers, patience, tasks)
 
 
 def _on_one(client: ComfyClient, tasks: Sequence[Task]) -> Iterator[tuple[Job, bytes]]:
@@ -198,35 +201,30 @@ def _ray(address: str):
         ray.shutdown()
 
 
-def _on_ray(ray, servers: Sequence[str], tasks: Sequence[Task]) -> Iterator[tuple[Job, bytes]]:
+def _on_ray(
+    ray, servers: Sequence[str], patience: float, tasks: Sequence[Task]
+) -> Iterator[tuple[Job, bytes]]:
     """One worker per server; what a server that is away leaves undone goes to the others. Pictures travel back through
     Ray, and the client's code with the worker: the machines need neither a common disk nor this repository."""
-    from ray.util import ActorPool
-
     ray.cloudpickle.register_pickle_by_value(comfy_client)
     worker = ray.remote(num_cpus=0, max_restarts=RETRIES, max_task_retries=RETRIES)(ComfyClient)
-    pool = ActorPool([worker.remote(server) for server in servers])
-
-    by_name = {task[2]: task for task in tasks}
-    for task in tasks:
-        pool.submit(_attempt, task)
-    in_vain = 0
-    while pool.has_next():
-        name, image = pool.get_next_unordered()
-        if isinstance(image, ConnectionError):
-            in_vain += 1
-            # every server has had its chance, and none has answered since
-            if in_vain > 2 * len(servers):
-                raise image
-            pool.submit(_attempt, by_name[name])
+    idle = [worker.remote(server, patience) for server in servers]
+    waiting, running = deque(tasks), {}
+    while waiting or running:
+        while idle and waiting:
+            actor, task = idle.pop(), waiting.popleft()
+            running[actor.attempt.remote(*task[1:])] = (actor, task)
+        (done, *_), _ = ray.wait(list(running), num_returns=1)
+        actor, task = running.pop(done)
+        _, image = ray.get(done)
+        if isinstance(image, bytes):
+            idle.append(actor)
+            yield task[0], image
         else:
-            in_vain = 0
-            yield by_name[name][0], image
-
-
-def _attempt(worker, task: Task):
-    _, workflow, name = task
-    return worker.attempt.remote(workflow, name)
+            # this server gets no more
+            waiting.appendleft(task)
+            if not (idle or running):
+                raise image
 
 
 def tabulate(

@@ -21,8 +21,9 @@ from .options import Options
 BATCH = 64
 PEAK = 1.5e-3
 SCENES = 60_000
-# until these steps: shapes and colours; then relations alone, from pure noise; then half of each batch either way
-SHAPES_UNTIL, RELATIONS_UNTIL = 2500, 3000
+# until these steps: shapes and colours; relations alone, from pure noise; half of each batch either way; then a fifth
+# for relations
+SHAPES_UNTIL, RELATIONS_UNTIL, HALVES_UNTIL = 2500, 3000, 7500
 # weight of the probes' loss
 AUXILIARY = 1.0
 # how often the caption is left out, for classifier-free guidance
@@ -59,12 +60,19 @@ class Scenes:
     def batch(self, seed: int, step: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         """Latents (BATCH, 4, 16, 16), captions, and which rows are there for their relation (BATCH,)."""
         rng = np.random.default_rng([seed, 2, step])
-        share = 0.0 if step < SHAPES_UNTIL else 1.0 if step < RELATIONS_UNTIL else 0.5
-        related = np.arange(BATCH) < BATCH * share
+        related = np.arange(BATCH) < BATCH * _share_of_relations(step)
         chosen = np.where(related, rng.choice(self.pairs, BATCH), rng.integers(SCENES, size=BATCH))
         captions = [describe(self.scenes[i], rng).text for i in chosen]
         captions = ["" if rng.random() < DROPOUT else caption for caption in captions]
         return self.latents[chosen], captions, torch.from_numpy(related)
+
+
+def _share_of_relations(step: int) -> float:
+    if step < SHAPES_UNTIL:
+        return 0.0
+    if step < RELATIONS_UNTIL:
+        return 1.0
+    return 0.5 if step < HALVES_UNTIL else 0.2
 
 
 def _is_clear_pair(scene: list[Placed]) -> bool:

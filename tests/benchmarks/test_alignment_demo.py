@@ -9,9 +9,21 @@ import numpy as np
 import pytest
 
 from benchmarks import alignment_demo
-from benchmarks.alignment_demo import OPPOSITE, PAPER, SOFTMAX, TEMPERATURES, Sampling, Store, markdown, measure, values
+from benchmarks.alignment_demo import (
+    OPPOSITE,
+    PAPER,
+    SOFTMAX,
+    TEMPERATURES,
+    Sampling,
+    Store,
+    Summary,
+    markdown,
+    measure,
+    values,
+)
 from demo.attention import TextAttention
 from demo.oracle import Score
+from demo.scenes import COLOURS, KINDS, Kind, Prompt
 
 ROOT = Path(__file__).parents[2]
 GRID = (TextAttention(0.5), TextAttention(1.0, 2.0))
@@ -54,18 +66,20 @@ def test_a_stopped_run_goes_on(small, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(alignment_demo.Runner, "_make", stop_after_3)
         measure(tmp_path / "part.json", 8, 8, 2)
-    assert len(Store(tmp_path / "part.json", json.loads((tmp_path / "part.json").read_text())["identity"]).cells) == 3
+    assert len(json.loads((tmp_path / "part.json").read_text())["cells"]) == 3
     again = []
     monkeypatch.setattr(alignment_demo.Runner, "_make", lambda *a: again.append(a[3]) or make(*a))
     assert measure(tmp_path / "part.json", 8, 8, 2) == whole
     assert again and not set(again) & set(made)
 
 
-def test_other_settings_start_afresh(tmp_path):
-    store = Store(tmp_path / "s.json", {"report": 8})
+def test_scores_of_another_run_are_never_taken_or_lost(tmp_path):
+    store = Store(tmp_path / "s.json", "one")
     store.add("cell", [Score(1, 2, 3, None)])
-    assert Store(tmp_path / "s.json", {"report": 8}).scores("cell") == [Score(1, 2, 3, None)]
-    assert Store(tmp_path / "s.json", {"report": 9}).cells == {}
+    assert Store(tmp_path / "s.json", "one").scores("cell") == [Score(1, 2, 3, None)]
+    with pytest.raises(ValueError, match="choose another --out"):
+        Store(tmp_path / "s.json", "other")
+    assert Store(tmp_path / "s.json", "one").scores("cell") == [Score(1, 2, 3, None)]
 
 
 def test_measures():
@@ -76,19 +90,42 @@ def test_measures():
     np.testing.assert_allclose(values(scores, "count"), [0, 1, -1])
     np.testing.assert_allclose(values(scores, "relation"), [1, np.nan, 0])
     # the relation's mean is of the pictures where it could hold
-    assert alignment_demo._means(scores)["relation"][::2] == [0.5, 2]
+    assert Summary(prompts(3)).means(scores)["relation"][::2] == [0.5, 2]
+
+
+def prompts(sets: int, each: int = 1) -> list[Prompt]:
+    """`each` captions of every one of so many sets of objects."""
+    kinds = [Kind(colour, shape) for colour in COLOURS for shape in KINDS]
+    return [Prompt(f"{number} {again}", (kinds[number],)) for number in range(sets) for again in range(each)]
 
 
 def test_differences_are_paired():
     """The same spread in both cancels: the error of a difference is that of the differences."""
     base = [Score(n % 3, 2, 2, None) for n in range(30)]
-    mean, error, _ = alignment_demo._differences(base, base)["recall"]
+    mean, error, _ = Summary(prompts(30)).differences(base, base)["recall"]
     assert (mean, error) == (0, 0)
+
+
+def test_errors_are_the_usual_ones_where_no_captions_share_their_objects():
+    scores = [Score(n % 3, 2, 2, None) for n in range(30)]
+    recalls = values(scores, "recall")
+    mean, error, count = Summary(prompts(30)).means(scores)["recall"]
+    assert (mean, count) == (pytest.approx(recalls.mean()), 30)
+    assert error == pytest.approx(recalls.std(ddof=1) / 30**0.5)
+
+
+def test_captions_that_only_repeat_others_do_not_shrink_the_error():
+    once = [Score(n % 3, 2, 2, None) for n in range(10)]
+    alone = Summary(prompts(10)).means(once)["recall"]
+    repeated = Summary(prompts(10, each=4)).means([score for score in once for _ in range(4)])["recall"]
+    assert repeated[:2] == pytest.approx(alone[:2])
 
 
 def test_the_grid_holds_what_the_page_promises():
     assert {s.alpha for s in alignment_demo.GRID} >= {1.5, 2.0}
     assert {s.layers for s in alignment_demo.GRID} == {"all", "down + up"}
     assert PAPER in alignment_demo.GRID and OPPOSITE not in alignment_demo.GRID and SOFTMAX not in alignment_demo.GRID
+    # the control has the same choice of layers
+    assert {s.layers for s in TEMPERATURES} == {"all", "down + up"}
     names = [str(sampling) for sampling in alignment_demo.samplings(20)]
     assert names[:3] == ["CFG 1", "CFG 3", "CFG 5"] and names[5] == "few-step student, 4 steps"
