@@ -12,6 +12,12 @@ COMMON = [("model", None), ("scale", 2.0), ("alpha", 1.5), ("start_percent", 0.0
 NODES = {
     "PLADISApply": COMMON,
     "PLADISApplyAdvanced": [*COMMON, ("layers", "all"), ("blocks", ""), ("apply_to", "both")],
+    "PLADISDemoCheckpoint": [("variant", "standard")],
+}
+OUTPUTS = {
+    "PLADISApply": ["MODEL"],
+    "PLADISApplyAdvanced": ["MODEL"],
+    "PLADISDemoCheckpoint": ["MODEL", "CLIP", "VAE"],
 }
 
 
@@ -30,9 +36,9 @@ def test_ids_inputs_and_defaults(schemas):
 
 
 def test_everything_explains_itself(schemas):
-    for schema in schemas.values():
+    for name, schema in schemas.items():
         assert schema.category == "model/patch"
         assert schema.description
         assert "entmax" in schema.search_aliases
         assert all(item.tooltip for item in (*schema.inputs, *schema.outputs))
-        assert [output.io_type for output in schema.outputs] == ["MODEL"]
+        assert [output.io_type for output in schema.outputs] == OUTPUTS[name]
