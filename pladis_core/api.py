@@ -6,13 +6,16 @@ softmax(S) by (1 - lam) * softmax(S) + lam * entmax_alpha(S), S the scaled score
 
 from __future__ import annotations
 
+import logging
 import math
+from importlib.util import find_spec
 
 import torch
 
 from .impl import eager
 
-BACKENDS = ("auto", "reference", "eager")
+BACKENDS = ("auto", "reference", "eager", "triton")
+LOGGER = logging.getLogger(__name__)
 # far beyond any use, and far from where weights would overflow
 MAX_LAM = 1e6
 MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -88,8 +91,9 @@ def pladis_attention(
             what entmax prunes.
         alpha: 1 <= alpha <= 2. Going higher prunes more keys.
         enable_gqa: H may be a multiple of Hkv; consecutive query heads share a key head.
-        backend: "auto", "eager" (portable PyTorch, no gradients) or "reference" (materialised, on the `entmax`
-            package, differentiable). "auto" is eager, and reference where a gradient is wanted.
+        backend: "auto", "triton" (the fused kernel), "eager" (portable PyTorch) or "reference" (materialised, on the
+            `entmax` package, differentiable). "auto" is triton where it works, eager elsewhere, and reference where a
+            gradient is wanted.
 
     Returns:
         (B, H, Lq, Dv) in query's dtype. Scores and weights are float32 or wider whatever the input dtype. A query whose
@@ -97,8 +101,9 @@ def pladis_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, alpha outside [1, 2], lam beyond 1e6, scale not finite,
-            an unknown backend, or a gradient asked of the eager backend.
-        ImportError: the reference backend without the `entmax` package.
+            an unknown backend, a gradient asked of the eager or the triton backend, or tensors that the triton backend
+            cannot take.
+        ImportError: the reference backend without the `entmax` package, the triton backend without Triton.
     """
     _check_mix(lam, alpha)
     return _attend(query, key, value, attn_mask, scale, alpha, 1.0 - lam, lam, None, enable_gqa, backend)
@@ -147,21 +152,63 @@ def _attend(query, key, value, attn_mask, scale, alpha, dense, sparse, mass, ena
         raise ValueError(f"attn_mask must be boolean or floating point, not {attn_mask.dtype}")
     attn_mask = _broadcast("attn_mask", attn_mask, (*rows, key.shape[-2]))
     mass = _broadcast("mass", mass, (*rows, 1))
-    implementation = _backend(backend, query, key, value, attn_mask, mass)
-    return implementation.attend(query, key, value, attn_mask, scale, alpha, dense, sparse, mass)
+    implementation = _backend(backend, _wants_grad(query, key, value, attn_mask, mass))
+    return implementation(query, key, value, attn_mask, scale, alpha, dense, sparse, mass)
 
 
-def _backend(name: str, *tensors: torch.Tensor | None):
+def _backend(name: str, wants_grad: bool):
+    """The `attend` function of a backend."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    wants_grad = _wants_grad(*tensors)
-    if name == "eager" and wants_grad:
-        raise ValueError("backend 'eager' has no gradient: use backend='reference', or torch.no_grad()")
+    if name in ("eager", "triton") and wants_grad:
+        raise ValueError(f"backend {name!r} has no gradient: use backend='reference', or torch.no_grad()")
     if name == "reference" or wants_grad:
         from .impl import reference
 
-        return reference
-    return eager
+        return reference.attend
+    return {"auto": _fastest, "eager": eager.attend, "triton": _fused}[name]
+
+
+def _fused(query, key, value, *rest) -> torch.Tensor:
+    if find_spec("triton") is None:
+        raise ImportError(
+            "backend 'triton' needs Triton: pip install triton, on Windows triton-windows. The other backends do "
+            "without it."
+        )
+    from .impl import triton
+
+    reason = triton.unusable(query, key, value)
+    if reason is not None:
+        raise ValueError(f"backend 'triton' cannot take these tensors: {reason}. backend='eager' can.")
+    return triton.attend(query, key, value, *rest)
+
+
+def _fastest(query, key, value, *rest) -> torch.Tensor:
+    """The fused kernel where it works, eager elsewhere."""
+    global _triton_works
+    if _triton_works and _has_gpu_compiler(query.device):
+        try:
+            from .impl import triton
+
+            if triton.unusable(query, key, value) is None:
+                return triton.attend(query, key, value, *rest)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers, linkers, drivers and old releases fail each in a way of its own
+            _triton_works = False
+            LOGGER.warning(
+                "PLADIS: Triton fails on this machine (%s: %s). From now on without its kernel: same images, slower.",
+                type(error).__name__, next(iter(str(error).splitlines()), ""),
+            )  # fmt: skip
+    return eager.attend(query, key, value, *rest)
+
+
+def _has_gpu_compiler(device: torch.device) -> bool:
+    return device.type in ("cuda", "xpu")
+
+
+# ComfyUI on Windows often comes without Triton: nothing to report. After one failure it is not tried again.
+_triton_works = find_spec("triton") is not None
 
 
 def _wants_grad(*tensors: torch.Tensor | None) -> bool:

@@ -12,6 +12,17 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def newton_steps(keys: int, alpha: float, dtype: torch.dtype) -> int:
+    """Steps of Newton's method on the p-norm, from the start of `impl/eager.py`, that reach the floor of `dtype`
+    whatever the scores.
+
+    The form is that docstring's bound; the constants are the least that held in an adversarial search.
+    """
+    steps = 2 + math.ceil(0.6 + 0.75 * (alpha - 1.0) * math.log2(max(keys, 1)))
+    # convergence is quadratic: one step more doubles the digits
+    return steps + (dtype == torch.float64)
+
+
 def unit_keys(key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """key (..., Lk, D) as (unit, gain) with scale * key = gain * unit and the 1-norm of every unit row at most 1.
 

@@ -19,21 +19,11 @@ import math
 
 import torch
 
-from .common import additive_mask, bounded_value, centred, compute_dtype, scaled_to, unit_keys
+from .common import additive_mask, bounded_value, centred, compute_dtype, newton_steps, scaled_to, unit_keys
 
 # Bytes of one score buffer, of which there are two or three: near a core's cache, enough work per kernel launch.
 CPU_BUFFER_BYTES = 5 << 19
 DEVICE_BUFFER_BYTES = 8 << 20
-
-
-def newton_steps(keys: int, alpha: float, dtype: torch.dtype) -> int:
-    """Steps that reach the dtype's floor whatever the scores.
-
-    The bound of the module's docstring gives the form; the constants are the least that held in an adversarial search.
-    """
-    steps = 2 + math.ceil(0.6 + 0.75 * (alpha - 1.0) * math.log2(max(keys, 1)))
-    # convergence is quadratic: one step more doubles the digits
-    return steps + (dtype == torch.float64)
 
 
 class Scratch:
