@@ -51,13 +51,18 @@ def text_layers(model) -> tuple[Layer, ...]:
             f"({type(base).__name__}). It works on U-Nets: SD 1.x, SD 2.x, SDXL and their relatives. "
             "Remove the Apply PLADIS node, or load such a model."
         )
-    layers = tuple(_unet_layers(network))
+    layers = unet_layers(network)
     if not layers:
         raise ValueError(
             f"{type(base).__name__} has no text cross-attention layer: PLADIS would change nothing. "
             "Remove the Apply PLADIS node from this workflow."
         )
     return layers
+
+
+def unet_layers(network: UNetModel) -> tuple[Layer, ...]:
+    """Every cross-attention of a U-Net, in the order in which it runs them."""
+    return tuple(_unet_layers(network))
 
 
 def _unet_layers(network: UNetModel) -> Iterable[Layer]:

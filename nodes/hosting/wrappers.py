@@ -11,8 +11,10 @@ from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 
+from .compiled import is_compiled, run_compiled, warn_of_frozen_settings
 from .conditioning import GUIDER_KEY, TABLE_KEY, GuiderConds, batch_chunks, read_conditioning
 from .hook import ModelCall, PladisHook
+from .layers import unet_layers
 from .settings import Settings
 
 KEY = "pladis"
@@ -46,6 +48,7 @@ def predict_noise(executor, x, timestep, model_options: dict[str, Any], seed=Non
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options: dict[str, Any]):
     """CALC_COND_BATCH wrapper: hands each conditioning's role and own length down to the model call."""
+    warn_of_frozen_settings(model_options)
     table = read_conditioning(conds, x_in.shape[0], model_options["transformer_options"].get(GUIDER_KEY))
     return executor(model, conds, x_in, timestep, _with_option(model_options, TABLE_KEY, table))
 
@@ -63,14 +66,20 @@ class ApplyModel:
     def __call__(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **extra
     ):
-        transformer_options = transformer_options or {}
+        transformer_options = installed = transformer_options or {}
         active = self._active(t, executor.class_obj.model_sampling) if c_crossattn is not None else []
         if active:
             call = ModelCall(x.shape[0], c_crossattn.shape[1], batch_chunks(transformer_options, x.shape[0]))
             roles = {"both", *(chunk.role for chunk in call.chunks)}
             for settings in (s for s in active if not call.chunks or s.apply_to in roles):
-                transformer_options = _install(transformer_options, settings, call)
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **extra)
+                installed = _install(installed, settings, call)
+
+        def run(options):
+            return executor(x, t, c_concat, c_crossattn, control, options, **extra)
+
+        if is_compiled(transformer_options):
+            return run_compiled(run, installed, unet_layers(executor.class_obj.diffusion_model))
+        return run(installed)
 
     def _active(self, t, model_sampling) -> list[Settings]:
         candidates = [s for s in self.settings if not s.is_off]
