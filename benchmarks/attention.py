@@ -1,6 +1,8 @@
-"""Time and memory of PLADIS attention against torch's softmax attention and against the `entmax`-package reference.
+"""Time and memory of PLADIS attention against torch's softmax attention, the named baseline of every ratio.
 
-The three run in turns, so that a busy machine slows all of them; ratios are taken within a turn. Needs
+Candidates: our fused kernel (`triton`, where it runs), our portable `eager`, the `reference` on the `entmax` package
+(exact at alpha 1.5 and 2), the same formula on the package's `bisection`, and on `adasplash`'s row kernel where that is
+installed. All run in turns, so that a busy machine slows all of them; ratios are taken within a turn. Needs
 `pip install -e ".[demo]"`.
 """
 
@@ -13,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -21,11 +24,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pladis_core import pladis_attention
 
-# heads, queries, keys, head width of the largest text cross-attentions
+# heads, queries, keys, head width of the largest text attentions
 SHAPES = {
     "SD1.5 64x64": (8, 4096, 77, 40),
     "SDXL 64x64": (10, 4096, 77, 64),
     "SDXL 32x32": (20, 1024, 77, 64),
+    "PixArt 1024": (16, 4096, 300, 72),
+    "Wan 480p": (12, 8190, 512, 128),
+    "Flux text": (24, 4096, 512, 128),
 }
 ALPHAS = (1.5, 2.0, 1.25)
 SAMPLE_SECONDS = 0.02
@@ -36,21 +42,17 @@ Work = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One shape at one alpha. Ratios are (first quartile, median, third quartile); bytes exclude inputs and output."""
+    """One candidate on one shape at one alpha. Ratios are (first quartile, median, third quartile); peak_bytes leaves
+    out inputs and output; bandwidth_limit_ms is the time to read query, key and value and to write the output once.
+    """
 
     shape: str
-    heads: int
-    queries: int
-    keys: int
-    width: int
     alpha: float
-    sdpa_ms: float
-    eager_to_sdpa: tuple[float, float, float]
-    reference_to_sdpa: tuple[float, float, float]
-    reference_to_eager: tuple[float, float, float]
-    eager_peak_bytes: int
-    reference_peak_bytes: int
-    score_map_bytes: int
+    candidate: str
+    ms: float
+    to_sdpa: tuple[float, float, float]
+    peak_bytes: int
+    bandwidth_limit_ms: float | None
 
 
 def main() -> None:
@@ -58,25 +60,52 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the machine and the rows to this file")
     parser.add_argument("--repeats", type=int, default=7, help="turns per row (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, help="default: all")
+    parser.add_argument("--batch", type=int, default=1, help="2 is a CFG step (default: %(default)s)")
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error("--repeats must be at least 2: quartiles are printed")
     device = torch.device(args.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     machine = describe(device, dtype)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"median [quartiles] of {args.repeats} turns; peak: beyond inputs and output; map: one float32 score map\n")
-    print(
-        f"{'shape':<12} {'alpha':>5} {'sdpa ms':>8}  {'eager/sdpa':<20} {'reference/sdpa':<22} "
-        f"{'speed-up over ref.':<22} {'peak MiB eager, ref., map':>26}"
-    )
+    print(f"batch {args.batch}; time: median [quartiles] of {args.repeats} turns; peak: beyond inputs and output\n")
+    header = ("shape", "alpha", "candidate", "ms", "time / sdpa", "peak MiB", "limit ms")
+    print("{:<12} {:>5} {:<10} {:>9}  {:<24} {:>8} {:>9}".format(*header))
     rows = []
-    for row in measure(device, dtype, args.repeats):
+    for row in measure(args.shapes, args.batch, device, dtype, args.repeats):
         rows.append(row)
         print(line(row), flush=True)
     if args.json:
-        document = {"machine": machine, "repeats": args.repeats, "rows": [asdict(row) for row in rows]}
+        document = {"machine": machine, "batch": args.batch, "repeats": args.repeats, "rows": [asdict(r) for r in rows]}
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def candidates(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, alpha: float) -> dict[str, Work]:
+    """Every way to compute PLADIS that runs here, and `sdpa`."""
+    works = {"sdpa": lambda: scaled_dot_product_attention(query, key, value)}
+    backends = ["eager", "reference"]
+    if find_spec("triton") is not None and query.device.type in ("cuda", "xpu"):
+        backends.insert(0, "triton")
+    for name in backends:
+        works[name] = lambda name=name: pladis_attention(query, key, value, alpha=alpha, backend=name)
+    row_kernels = {}
+    from entmax import entmax_bisect
+
+    row_kernels["bisection"] = lambda scores: entmax_bisect(scores, alpha, -1)
+    if find_spec("adasplash") is not None:
+        from adasplash import triton_entmax
+
+        row_kernels["adasplash"] = lambda scores: triton_entmax(scores, alpha)
+    for name, sparse in row_kernels.items():
+        works[name] = lambda sparse=sparse: formula(query, key, value, sparse)
+    return works
+
+
+def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sparse: Callable) -> torch.Tensor:
+    """PLADIS at lambda 2 on a whole map of scores, as implementations without a fused kernel write it."""
+    scores = (query @ key.mT).float() * query.shape[-1] ** -0.5
+    return (2.0 * sparse(scores) - scores.softmax(-1)).to(value.dtype) @ value
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -102,31 +131,34 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def measure(device: torch.device, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
-    for shape, (heads, queries, keys, width) in SHAPES.items():
+def measure(
+    shapes: list[str], batch: int, device: torch.device, dtype: torch.dtype, repeats: int
+) -> Iterator[Row]:
+    rate = bandwidth(device)
+    for shape in shapes:
+        heads, queries, keys, width = SHAPES[shape]
         generator = torch.Generator().manual_seed(0)
         q, k, v = (
-            torch.randn(1, heads, n, width, generator=generator).to(device, dtype) for n in (queries, keys, keys)
+            torch.randn(batch, heads, n, width, generator=generator).to(device, dtype) for n in (queries, keys, keys)
         )
+        limit = None if rate is None else (2 * q.nbytes + k.nbytes + v.nbytes) / rate * 1e3
         for alpha in ALPHAS:
-            works = {
-                "sdpa": lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v),
-                "eager": lambda q=q, k=k, v=v, a=alpha: pladis_attention(q, k, v, alpha=a, backend="eager"),
-                "reference": lambda q=q, k=k, v=v, a=alpha: pladis_attention(q, k, v, alpha=a, backend="reference"),
-            }
+            works = candidates(q, k, v, alpha)
             with torch.no_grad():
                 times = in_turns(works, device, repeats)
-                peaks = {name: peak_bytes(works[name], device) for name in ("eager", "reference")}
-            yield Row(
-                shape, heads, queries, keys, width, alpha,
-                sdpa_ms=median(times["sdpa"]) * 1e3,
-                eager_to_sdpa=ratio(times["eager"], times["sdpa"]),
-                reference_to_sdpa=ratio(times["reference"], times["sdpa"]),
-                reference_to_eager=ratio(times["reference"], times["eager"]),
-                eager_peak_bytes=peaks["eager"],
-                reference_peak_bytes=peaks["reference"],
-                score_map_bytes=4 * heads * queries * keys,
-            )  # fmt: skip
+                for name, work in works.items():
+                    ratios = ratio(times[name], times["sdpa"])
+                    peak = peak_bytes(work, device)
+                    yield Row(shape, alpha, name, median(times[name]) * 1e3, ratios, peak, limit)
+
+
+def bandwidth(device: torch.device) -> float | None:
+    """Bytes per second of a large copy on a GPU, reads and writes together; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), 20, device) for _ in range(3))
 
 
 def in_turns(works: dict[str, Work], device: torch.device, repeats: int) -> dict[str, list[float]]:
@@ -183,15 +215,11 @@ def cpu_peak(work: Work) -> tuple[torch.Tensor, int]:
 
 
 def line(row: Row) -> str:
-    def spread(ratios: tuple[float, float, float], digits: int) -> str:
-        low, middle, high = (f"{value:.{digits}f}" for value in ratios)
-        return f"{middle} [{low}, {high}]"
-
-    peaks = (row.eager_peak_bytes, row.reference_peak_bytes, row.score_map_bytes)
+    low, middle, high = (f"{value:.2f}" for value in row.to_sdpa)
+    limit = "" if row.bandwidth_limit_ms is None else f"{row.bandwidth_limit_ms:.3f}"
     return (
-        f"{row.shape:<12} {row.alpha:>5g} {row.sdpa_ms:>8.2f}  {spread(row.eager_to_sdpa, 2):<20} "
-        f"{spread(row.reference_to_sdpa, 1):<22} {spread(row.reference_to_eager, 1):<22} "
-        + " ".join(f"{value / MIB:>8.1f}" for value in peaks)
+        f"{row.shape:<12} {row.alpha:>5g} {row.candidate:<10} {row.ms:>9.3f}  {f'{middle} [{low}, {high}]':<24} "
+        f"{row.peak_bytes / MIB:>8.1f} {limit:>9}"
     )
 
 

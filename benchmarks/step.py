@@ -1,0 +1,177 @@
+"""A whole sampling step in real ComfyUI, with and without Apply PLADIS: layouts of real models, random weights.
+
+Run it in ComfyUI's own Python, from the repository's root:
+
+    COMFYUI_PATH=~/comfy/ComfyUI ~/comfy/ComfyUI/.venv/bin/python benchmarks/step.py --layout sd15
+
+`--peer PATH` adds the PLADIS node of a checkout of sd-perturbed-attention on the same model. The candidates take turns
+within one process, in another order each turn, so that a busy machine slows all of them; ratios are taken within a
+turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+import types
+from pathlib import Path
+from statistics import median, quantiles
+
+ROOT = Path(__file__).parents[1]
+TRANSFORMER = {"use_spatial_transformer": True, "legacy": False, "use_checkpoint": False}
+SDXL = {
+    "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_middle": 10, "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "context_dim": 2048, "adm_in_channels": 2816, "num_classes": "sequential", "use_linear_in_transformer": True,
+    "num_head_channels": 64, "num_heads": -1,
+}  # fmt: skip
+SD15 = {
+    "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_middle": 1, "transformer_depth_output": [1] * 9 + [0] * 3, "context_dim": 768,
+    "adm_in_channels": None, "use_linear_in_transformer": False, "num_heads": 8, "num_head_channels": -1,
+}  # fmt: skip
+# name: (host class, network, the model's own picture size)
+LAYOUTS = {"sd15": ("SD15", SD15, 512), "sdxl": ("SDXL", SDXL, 1024)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layout", choices=LAYOUTS, default="sd15")
+    parser.add_argument("--size", type=int, help="picture size in pixels (default: the model's own)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
+    parser.add_argument("--alpha", type=float, nargs="+", default=[1.5], help="one candidate each (default: 1.5)")
+    parser.add_argument("--peer", type=Path, help="a checkout of sd-perturbed-attention")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    if args.repeats < 2:
+        parser.error("--repeats must be at least 2: quartiles are printed")
+    import_host()
+
+    base = build(args.layout)
+    models = candidates(base, args.alpha, args.peer)
+    size = args.size or LAYOUTS[args.layout][2]
+    turns = measure(models, base, size, args.repeats)
+    machine = describe(base)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"{args.layout} layout, {size} x {size}, CFG, one step; median [quartiles] of {args.repeats} turns\n")
+    rows = []
+    for name in models:
+        seconds = [turn[name] for turn in turns]
+        ratio = quantiles([turn[name] / turn["plain"] for turn in turns], n=4, method="inclusive")
+        rows.append({"candidate": name, "seconds": median(seconds), "ratio": ratio})
+        print(f"{name:<22} {median(seconds):>9.3f} s   {ratio[1]:.3f} [{ratio[0]:.3f}, {ratio[2]:.3f}] x plain")
+    if args.json:
+        document = {"machine": machine, "layout": args.layout, "size": size, "turns": turns, "rows": rows}
+        args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def import_host() -> None:
+    """ComfyUI and this pack, importable; ComfyUI's own arguments stay at their defaults (--cpu without a GPU)."""
+    path = Path(os.environ.get("COMFYUI_PATH") or "~/comfy/ComfyUI").expanduser()
+    if not (path / "main.py").is_file():
+        sys.exit(f"no ComfyUI at {path}: set $COMFYUI_PATH")
+    sys.path.insert(0, str(path))
+    package = types.ModuleType("pladis_pack")
+    package.__path__ = [str(ROOT)]
+    sys.modules["pladis_pack"] = package
+    import torch
+
+    ours, sys.argv = sys.argv, ["main.py", *([] if torch.cuda.is_available() else ["--cpu"])]
+    importlib.import_module("comfy.options").enable_args_parsing()
+    importlib.import_module("comfy.cli_args")
+    sys.argv = ours
+
+
+def build(layout: str):
+    """A MODEL of the layout with random weights, in the dtype that the host would load it in."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
+
+    host_class, network, _ = LAYOUTS[layout]
+    device = comfy.model_management.get_torch_device()
+    config = {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_attention": False,
+        "dtype": torch.float16 if device.type == "cuda" else torch.float32, **TRANSFORMER, **network,
+    }  # fmt: skip
+    description = getattr(comfy.supported_models, host_class)(config)
+    description.unet_config.update(config)
+    model = description.get_model({}, device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.diffusion_model.parameters():
+        bound = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1.0
+        parameter.data.uniform_(-bound, bound, generator=generator)
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+def candidates(base, alphas: list[float], peer: Path | None) -> dict[str, object]:
+    from pladis_pack.nodes.apply import PLADISApply
+
+    models = {"plain": base}
+    for alpha in alphas:
+        settings = {"scale": 2.0, "alpha": alpha, "start_percent": 0.0, "end_percent": 1.0}
+        models[f"PLADIS, alpha {alpha:g}"] = PLADISApply.execute(base, **settings).result[0]
+    if peer is not None:
+        # its node at its defaults, from its modules as a package
+        package = types.ModuleType("peer")
+        package.__path__ = [str(peer)]
+        sys.modules["peer"] = package
+        node = importlib.import_module("peer.pladis_nodes").NODE_CLASS_MAPPINGS["PLADIS"]
+        models["sd-perturbed-attention"] = node().patch(base)[0]
+    return models
+
+
+def measure(models: dict[str, object], base, size: int, repeats: int) -> list[dict[str, float]]:
+    """Seconds of one step by candidate, turn by turn. The first turn only warms up."""
+    import torch
+
+    width = base.model.model_config.unet_config["context_dim"]
+    generator = torch.Generator().manual_seed(1)
+    prompts = [
+        [[torch.randn(1, 77, width, generator=generator), {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+        for _ in range(2)
+    ]
+    names, turns = list(models), []
+    for turn in range(repeats + 1):
+        order = names[turn % len(names):] + names[: turn % len(names)]
+        turns.append({name: step_seconds(models[name], prompts, size) for name in order})
+    return turns[1:]
+
+
+def step_seconds(model, prompts: list, size: int) -> float:
+    """The second of two steps: loading and preparing lie before its start."""
+    import comfy.sample
+    import torch
+
+    marks = []
+
+    def mark(*_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    latent = torch.zeros(1, 4, size // 8, size // 8)
+    noise = comfy.sample.prepare_noise(latent, 0)
+    comfy.sample.sample(
+        model, noise, 2, 5.0, "euler", "normal", *prompts, latent, callback=mark, disable_pbar=True, seed=0
+    )
+    return marks[1] - marks[0]
+
+
+def describe(base) -> dict[str, str]:
+    import comfyui_version
+
+    sys.modules["pladis_core"] = importlib.import_module("pladis_pack.pladis_core")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    attention = importlib.import_module("attention")
+    machine = attention.describe(base.load_device, base.model.model_config.unet_config["dtype"])
+    return {**machine, "ComfyUI": comfyui_version.__version__}
+
+
+if __name__ == "__main__":
+    main()
