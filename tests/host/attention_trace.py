@@ -177,8 +177,9 @@ class Tracer:
         while "comfy/ldm" not in (file := Path(frame.f_code.co_filename).as_posix()) and frame.f_back is not None:
             frame = frame.f_back
         site = f"{file.rpartition('comfy/')[2]}:{frame.f_lineno}"
-        keep = (None if t is None else t.detach().clone() for t in (q, k, v, mask))
-        q, k, v, mask = keep
+        # comfy.ldm.modules.attention.AttentionTensorContainer: a tensor that the host frees as soon as it can
+        tensors = (tensor.peek() if hasattr(tensor, "peek") else tensor for tensor in (q, k, v, mask))
+        q, k, v, mask = (None if tensor is None else tensor.clone() for tensor in tensors)
         module = self._modules[-1] if self._modules else ""
         return AttentionCall(module, site, name, q, k, v, heads, mask, options, block)
 

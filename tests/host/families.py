@@ -317,7 +317,7 @@ JOINT = (
     Family("NewBie", "Lumina2", {**LUMINA, "clip_text_dim": 16}, (16, 8, 8), rows="7:23", text=masked(0),
            extras=pooled()),
     Family("Z-Image", "ZImage", ZIMAGE, (16, 8, 8), "0:32", "32:64"),
-    Family("Z-Image Omni", "ZImage", {**ZIMAGE, "siglip_feat_dim": 24}, (16, 8, 8), "0:64", "160:192",
+    Family("Z-Image Omni", "ZImage", {**ZIMAGE, "siglip_feat_dim": 24}, (16, 8, 8), "0:64", "128:192",
            extras=reference(16, 8, 4)),
     Family("Z-Image pixel", "ZImagePixelSpace", ZIMAGE_PIXEL, (3, 32, 32), "0:32", "32:64"),
     Family("HunyuanVideo", "HunyuanVideo", HUNYUAN, VIDEO, rows="7:39", extras=pooled()),
@@ -357,9 +357,9 @@ JOINT = (
     Family("PixelDiT", "PixelDiTT2I", PIXELDIT, (3, 32, 32), rows="7:23"),
     Family("ERNIE-Image", "ErnieImage", ERNIE, (128, 4, 4), "16:23", "0:16", reached=False),
     Family("Stable Cascade C", "Stable_Cascade_C", CASCADE_C, (16, 8, 8), "64:71", "0:64", extras=pooled()),
-    Family("Stable Cascade B", "Stable_Cascade_B", CASCADE_B, (4, 32, 32), "4:8", "0:4",
+    Family("Stable Cascade B", "Stable_Cascade_B", CASCADE_B, (4, 32, 32), "16:20", "0:16",
            text=lambda random, tokens: {"pooled_output": random(1, 16)}),
-    Family("MiniMax H3", "MiniMaxH3", MINIMAX, ((24, 2, 8, 8), (32, 2, 6)),
+    Family("MiniMax H3", "MiniMaxH3", MINIMAX, ((24, 2, 8, 8), (32, 2, 6)), rows="7:51",
            no_batch="it supports batch size 1"),
 )
 CROSS = (
@@ -425,7 +425,7 @@ BY_NAME = {family.name: family for family in FAMILIES}
 SHARP_NORM = re.compile(r"(^|[._])(q|k|query|key)_(rms_)?norm|norm_(added_)?[qk]\b|ln_[qk]\b|qknorm")
 SHARP_LINEAR = re.compile(r"to_q|to_k|qkv|\.q_|\.kv_")
 LOUD_LINEAR = re.compile(r"mod[CX]|norm[12]\.linear")
-SILENT_LINEAR = re.compile(r"t5_y_embedder\.to_out")
+SILENT_LINEAR = re.compile(r"t5_y_embedder\.to_out|pooler\.c_proj")
 
 
 def initialise(model: torch.nn.Module) -> None:
