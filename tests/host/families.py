@@ -346,8 +346,8 @@ JOINT = (
            rows="7:23", text=masked(0)),
     Family("Mochi", "GenmoMochi", MOCHI, (12, 2, 8, 8), "32:37", text=masked(2)),
     Family("CogVideoX", "CogVideoX_T2V", COGVIDEO, VIDEO, rows="7:39",
-           # its noise level of 4000 at the first step would drown the text in one step
-           sampling={"zsnr": False}),
+           # it gets the noise unscaled: the first step's, 4000 times as strong, would drown the text
+           sampling={"zsnr": False, "linear_end": 0.002}),
     Family("Krea 2", "Krea2", KREA2, (16, 1, 8, 8), rows="7:23", width=72),
     Family("Ideogram 4", "Ideogram4", IDEOGRAM4, (128, 4, 4), rows="7:23"),
     Family("Ideogram 4 masked", "Ideogram4", IDEOGRAM4, (128, 4, 4), "0:5", "7:23", text=masked(2)),
@@ -388,7 +388,7 @@ CROSS = (
     Family("WanDancer", "WAN22_WanDancer", {**WAN36, "audio_inject_layers": [0], "music_dim": 32, "music_heads": 2},
            VIDEO, extras=clip_vision(5)),
     Family("LTXV", "LTXV", LTXV, (16, 2, 4, 4), text=masked(2)),
-    Family("LTXV with guides' adaLN", "LTXV", {**LTXV, "cross_attention_adaln": True}, (16, 2, 4, 4), text=masked(2)),
+    Family("LTXV adaLN", "LTXV", {**LTXV, "cross_attention_adaln": True}, (16, 2, 4, 4), text=masked(2)),
     Family("LTXAV", "LTXAV", LTXAV, ((16, 2, 4, 4), (8, 3, 16)), width=48, text=masked(2)),
     Family("Cosmos 1", "CosmosT2V", COSMOS1, VIDEO, text=masked(2)),
     Family("Cosmos-Predict2", "CosmosT2IPredict2", PREDICT2, (16, 1, 8, 8), rows="0:16"),
@@ -486,8 +486,9 @@ def noise(family: Family, batch: int = 1, seed: int = 5):
     return random(batch, *family.latent)
 
 
+@torch.inference_mode()
 def sample(model, family: Family, positive=None, negative=None, *, cfg=4.0, steps=1, batch=1, seed=5) -> torch.Tensor:
-    """The image; of a video with sound, the video."""
+    """The image; of a video with sound, the video. In inference mode as in the host: outside, Anima does otherwise."""
     positive, negative = positive or prompt(family, 11), negative or prompt(family, 12)
     latent = noise(family, batch, seed)
     out = comfy.sample.sample(
