@@ -7,6 +7,7 @@ keys are text, and which rows of the queries are image, shows in what changes wi
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -104,14 +105,16 @@ class Tracer:
 
     def _apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, options=None, **extra):
         self.evaluations.append(Trace({"x": x, "c_concat": c_concat, "c_crossattn": c_crossattn, **extra}))
-        options = {**(options or {}), "optimized_attention_override": self._override}
+        options = options or {}
+        override = functools.partial(self._override, options.get("optimized_attention_override"))
+        options = {**options, "optimized_attention_override": override}
         names = {id(module): name for name, module in executor.class_obj.diffusion_model.named_modules()}
         with self._module_names(names), self._recorded_functions():
             return executor(x, t, c_concat, c_crossattn, control, options, **extra)
 
-    def _override(self, function, *args, **kwargs):
+    def _override(self, resident, function, *args, **kwargs):
         self._open[-1].reached = True
-        return function(*args, **kwargs)
+        return resident(function, *args, **kwargs) if resident else function(*args, **kwargs)
 
     @contextlib.contextmanager
     def _module_names(self, names: dict[int, str]) -> Iterator[None]:
@@ -123,7 +126,7 @@ class Tracer:
             if id(module) in names:
                 self._modules.pop()
 
-        handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+        handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
         try:
             yield
         finally:

@@ -94,3 +94,17 @@ def test_a_trace_changes_nothing():
     assert [len(evaluation.calls) for evaluation in tracer.evaluations] == [4]
     assert torch.equal(families.sample(model, family), before)
     assert len(tracer.evaluations) == 1
+
+
+def test_a_trace_keeps_the_hook_that_is_there():
+    family = families.BY_NAME["Flux.1"]
+    model = families.patcher(family)
+    plain = families.sample(model, family)
+    model.model_options["transformer_options"]["optimized_attention_override"] = halve
+    before = families.sample(model, family)
+    assert relative(before, plain) > 0.02
+    assert torch.equal(families.sample(Tracer().attach(model), family), before)
+
+
+def halve(function, *args, **kwargs):
+    return 0.5 * function(*args, **kwargs)
