@@ -44,6 +44,8 @@ def bind(
 ) -> AttentionCall:
     """Reads the arguments of optimized_attention, which callers give by position or by name."""
     if not skip_reshape:
+        # SD3's value has its heads apart already, behind the tokens
+        q, k, v = (t.flatten(2) for t in (q, k, v))
         width = q.shape[-1] // heads
         q, k = (t.unflatten(-1, (-1, width)).transpose(1, 2) for t in (q, k))
         v = v.unflatten(-1, (k.shape[1], -1)).transpose(1, 2)

@@ -93,9 +93,9 @@ def lumina(network, arguments: Arguments) -> Window:
         # a reference without a caption gets one multiple of learned pads
         captions = [*(length or multiple for length in given), *captions]
     text = sum(-(-length // multiple) * multiple for length in captions)
-    image = _image(network, arguments, "patch_size")
-    padded = -(-image // multiple) * multiple
-    return Window((0, text), (-padded, image), text + padded)
+    # learned pads of the image carry image after the refiner, as those of the text carry text
+    image = -(-_image(network, arguments, "patch_size") // multiple) * multiple
+    return Window((0, text), (-image, image), text + image)
 
 
 def hunyuan_video(network, arguments: Arguments) -> Window:

@@ -17,6 +17,10 @@ from tiny import apply
 
 # the fixtures' columns are those that change with the prompt; pads that the host does not mask take part too
 COLUMNS = {"Flux.2": "0:512", "Flux.2 edit": "0:512"}
+# they mix with the noise before the first joint attention, but are references
+ROWS = {"Z-Image Omni": "160:192"}
+# keys of the text's attention where they are more than the prompt's tokens
+KEYS = {"ACE-Step": 13, "HunyuanDiT": 12, "HunyuanDiT 1.0": 12, "Anima": 512, "Stable Audio": 9, "Stable Audio 3": 257}
 CROSS = {family.name for family in families.CROSS}
 
 
@@ -47,12 +51,14 @@ def indices(spans: str) -> list[int]:
 
 def text_calls(family: Family, calls: list[AttentionCall]) -> dict[int, tuple[list[int], list[int]]]:
     """The text attention of an evaluation as the fixture describes it: (columns, rows) by the call's place."""
-    columns, rows = indices(COLUMNS.get(family.name, family.columns)), indices(family.rows)
+    columns, rows = indices(COLUMNS.get(family.name, family.columns)), indices(ROWS.get(family.name, family.rows))
     found: dict[int, tuple[list[int], list[int]]] = {}
     if family.name in CROSS:
         for i, call in enumerate(calls):
-            keys = {"ACE-Step": 13, "ACE-Step 1.5": 13, "HunyuanDiT": 12, "HunyuanDiT 1.0": 12, "Anima": 512,
-                    "Stable Audio": 9, "Stable Audio 3": 8, "LTXAV": 7}.get(family.name, families.TOKENS)  # fmt: skip
+            keys = KEYS.get(family.name, families.TOKENS)
+            if family.name == "ACE-Step 1.5":
+                # every row gets the timbre of all
+                keys = 12 + len(call.q)
             if call.k_length == keys != call.q_length:
                 found[i] = list(range(keys)), list(range(call.q_length))
         return found
@@ -68,10 +74,10 @@ def text_calls(family: Family, calls: list[AttentionCall]) -> dict[int, tuple[li
 
 def reference(call: AttentionCall, columns: list[int], rows: list[int], scale=2.0) -> torch.Tensor:
     """The equation in float64 on the `entmax` package: text weights remixed, their softmax mass kept."""
-    width = call.q.shape[-1] // (1 if call.q.ndim == 4 else call.heads)
-    q, k, v = (
-        (t if t.ndim == 4 else t.unflatten(-1, (-1, width)).transpose(1, 2)).double() for t in (call.q, call.k, call.v)
-    )
+    q, k, v = (t.double() for t in (call.q, call.k, call.v))
+    if not call.options.get("skip_reshape"):
+        width = q.shape[-1] // call.heads
+        q, k, v = (t.flatten(2).unflatten(-1, (-1, width)).transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q @ k.mT * (call.options.get("scale") or q.shape[-1] ** -0.5)
     if call.mask is not None:
@@ -155,7 +161,8 @@ def test_exactly_the_text_attention_changes(family, model):
 
     def answer(index, call, compute):
         out = compute()
-        changed[index] = not torch.equal(out, compute(transformer_options={}))
+        plain = compute() if call.function == "scaled_dot_product_attention" else compute(transformer_options={})
+        changed[index] = not torch.equal(out, plain)
         return out
 
     tracer = Watching(answer)
@@ -173,19 +180,23 @@ def test_exactly_the_text_attention_changes(family, model):
 def test_a_prompt_does_not_depend_on_the_other_prompts_length(family, model):
     if family.fixed_length:
         return
-    # where the host repeats the shorter prompt, its own softmax notices: Stable Cascade's rows hold more than text
-    tolerance = 0.5 if family.name == "Stable Cascade C" else 1e-4
-    seen = []
 
-    def record(args):
-        seen.append(args["cond_denoised"])
-        return args["denoised"]
+    def change(model) -> float:
+        seen = []
 
-    patched = apply(model)
-    patched.set_model_sampler_post_cfg_function(record)
-    for tokens in (7, 5, 9):
-        families.sample(patched, family, families.prompt(family, 11, 7), families.prompt(family, 12, tokens))
-    assert relative(seen[1], seen[0]) < tolerance and relative(seen[2], seen[0]) < tolerance
+        def record(args):
+            seen.append(args["cond_denoised"])
+            return args["denoised"]
+
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(record)
+        for tokens in (7, 5):
+            families.sample(model, family, families.prompt(family, 11, 7), families.prompt(family, 12, tokens))
+        return relative(seen[1], seen[0])
+
+    # in two families the host itself lets one prompt's rows see how many tokens, or voices, the other has
+    allowed = 2 * change(model) if family.name in ("Stable Cascade C", "ACE-Step 1.5") else 0
+    assert change(apply(model)) <= allowed + 1e-4
 
 
 def test_an_attention_override_of_another_node_computes_the_dense_part(family, model):
