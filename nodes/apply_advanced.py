@@ -27,14 +27,15 @@ class PLADISApplyAdvanced(io.ComfyNode):
                     options=list(LAYER_CHOICES),
                     default="all",
                     tooltip="all: every text cross-attention, as the paper defines it. down + up: without the middle "
-                    "block, as the authors' released code does. custom: the list in blocks.",
+                    "block, as the authors' released code does; only U-Nets have these. custom: the list in blocks.",
                 ),
                 io.String.Input(
                     "blocks",
                     default="",
                     tooltip="Used when layers is custom. Comma-separated: d, m or u (down, middle, up), the block's "
                     "number counted from 0 among those with text attention, then optionally a dot and the layer "
-                    "inside it. Ranges work in both places: d2.2-9,m0,u0.4",
+                    "inside it. Ranges work in both places: d2.2-9,m0,u0.4. In a transformer (Flux, Wan, ...) b "
+                    "and the number of the block, counted through the network: b0-11,b30",
                 ),
                 io.Combo.Input(
                     "apply_to",
@@ -42,6 +43,13 @@ class PLADISApplyAdvanced(io.ComfyNode):
                     default="both",
                     tooltip="Which prompts get PLADIS. both: as in the paper. positive: all but the negative prompt. "
                     "negative: only the negative prompt. With CFG 1 there is no negative prompt to apply it to.",
+                ),
+                io.Boolean.Input(
+                    "force_unknown",
+                    default=False,
+                    advanced=True,
+                    tooltip="Only for a model that PLADIS does not know: take every attention for text whose keys are "
+                    "as many as the prompt's tokens and whose queries are not. It may miss, or hit something else.",
                 ),
             ],
             outputs=[model_output()],
@@ -59,8 +67,9 @@ class PLADISApplyAdvanced(io.ComfyNode):
         layers: str,
         blocks: str,
         apply_to: str,
+        force_unknown: bool = False,
     ) -> io.NodeOutput:
-        chosen = choose_layers(layers, blocks, text_layers(model))
+        chosen = choose_layers(layers, blocks, text_layers(model, force_unknown))
         return io.NodeOutput(
             apply_settings(model, Settings(chosen, scale, alpha, start_percent, end_percent, apply_to))
         )

@@ -4,5 +4,9 @@ Host-independent mathematics. It imports torch, and `entmax` only when the refer
 """
 
 from .api import BACKENDS, entmax, pladis_attention, pladis_correction, pladis_weights
+from .joint import attention_with_lse, joint_correction, log_sum_exp
 
-__all__ = ["BACKENDS", "entmax", "pladis_attention", "pladis_correction", "pladis_weights"]
+__all__ = [
+    "BACKENDS", "attention_with_lse", "entmax", "joint_correction", "log_sum_exp", "pladis_attention",
+    "pladis_correction", "pladis_weights",
+]  # fmt: skip

@@ -4,7 +4,7 @@ The host freezes attention hooks at the first trace: it drops every guard on tra
 (comfy_extras/nodes_torch_compile.py), so a compiled model goes on calling the hooks that it was traced with. Here the
 trace gets, in every text layer's slot, one opaque operator that knows only its layer, and that operator looks up what
 this model call wants there when it runs. A model traced before PLADIS came into the graph has no such operator: then
-the call visits none, and it is traced again.
+the call visits none, and it is traced again. Transformers run without their compiled code where PLADIS is on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class CompiledSlot:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]
     ) -> torch.Tensor:
         return replaced_attention(
-            q, k, v, *self.layer, extra_options["n_heads"], extra_options["dim_head"],
+            q, k, v, *self.layer[:4], extra_options["n_heads"], extra_options["dim_head"],
             extra_options["attn_precision"], list(extra_options["activations_shape"]),
         )  # fmt: skip
 
@@ -77,6 +78,17 @@ def replaced_attention(
 @replaced_attention.register_fake
 def _shape_of_replaced_attention(q, k, v, *_):
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+@cache
+def _warn_of_no_compiling(network: str) -> None:
+    LOGGER.warning("PLADIS: %s runs without torch.compile in the steps in which PLADIS is on.", network)
+
+
+def uncompiled(network: str):
+    """A transformer's text attention is found while its modules run, which a compiled model does not let us see."""
+    _warn_of_no_compiling(network)
+    return torch.compiler.set_stance("force_eager")
 
 
 def is_compiled(transformer_options: dict[str, Any]) -> bool:

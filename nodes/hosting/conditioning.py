@@ -15,6 +15,8 @@ import torch
 
 TABLE_KEY = "pladis_conditioning"
 GUIDER_KEY = "pladis_guider"
+# what model families call the tokens of a prompt (Stable Cascade: the second)
+CONTEXT_KEYS = ("c_crossattn", "clip_text")
 # relative to the largest entry: projections of equal tokens may differ in the last bits, other tokens do by far more
 REPEAT_TOLERANCE = 1e-2
 
@@ -53,7 +55,7 @@ def read_conditioning(conds: list[list[dict] | None], rows: int, guider: GuiderC
             continue
         roles[index] = _role(group, index, guider)
         for cond in group:
-            context = cond["model_conds"].get("c_crossattn")
+            context = next((c for key in CONTEXT_KEYS if (c := cond["model_conds"].get(key)) is not None), None)
             if context is not None:
                 lengths[index, cond["uuid"]] = context.cond.shape[1]
     return ConditioningTable(roles, rows, lengths)

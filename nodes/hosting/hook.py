@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -33,6 +33,17 @@ class Segment:
     rows: slice
     length: int | None
     active: bool
+
+
+def cut(chunks: Sequence[Chunk], rows: int, apply_to: str) -> list[Segment]:
+    """The batch's rows, of which every chunk has an equal share, as few segments as can be."""
+    share = rows // len(chunks)
+    segments, start = [], 0
+    for (length, active), group in groupby(chunks, lambda c: (c.length, apply_to in ("both", c.role))):
+        stop = start + share * len(list(group))
+        segments.append(Segment(slice(start, stop), length, active))
+        start = stop
+    return segments
 
 
 @dataclass(frozen=True)
@@ -86,16 +97,7 @@ class PladisHook:
                 "run together with that. Use a NAG node that patches the MODEL, or remove Apply PLADIS."
             )
         chunks = self._chunks(q.shape[0], k.shape[1], extra_options)
-        share = q.shape[0] // len(chunks)
-        segments, start = [], 0
-        for (length, active), group in groupby(chunks, lambda c: (c.length, self._wants(c))):
-            stop = start + share * len(list(group))
-            segments.append(Segment(slice(start, stop), length, active))
-            start = stop
-        return segments
-
-    def _wants(self, chunk: Chunk) -> bool:
-        return self.settings.apply_to in ("both", chunk.role)
+        return cut(chunks, q.shape[0], self.settings.apply_to)
 
     def _chunks(self, rows: int, tokens: int, extra_options: dict[str, Any]) -> list[Chunk]:
         """The conditionings of q's rows; other packs' attn2 patches may have changed rows or tokens in between."""

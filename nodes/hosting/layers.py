@@ -6,52 +6,62 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from comfy import model_base
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from .families import UNET, UNSUPPORTED, Family, find_family
+
 LAYER_CHOICES = ("all", "down + up", "custom")
-PREFIXES = {"d": "input", "m": "middle", "u": "output"}
-ENTRY = re.compile(r"([dmu])(\d+)(?:-\1?(\d+))?(?:\.(\d+)(?:-(\d+))?)?")
+PREFIXES = {"d": "input", "m": "middle", "u": "output", "b": "block"}
+ENTRY = re.compile(r"([dmub])(\d+)(?:-\1?(\d+))?(?:\.(\d+)(?:-(\d+))?)?")
+# by shape instead of by module, in a network that is not in the table
+BY_SHAPE = "by shape"
 
 
 class Layer(NamedTuple):
-    """One text cross-attention, by the key under which the host looks up its replacement hook.
+    """One text attention.
 
-    `slot` is "attn2", or "attn1" where that is cross-attention too; the rest is (part, number, index) of
-    `BasicTransformerBlock` (comfy/ldm/modules/attention.py, `transformer_block`).
+    In a U-Net by the key under which the host looks up its replacement hook: `slot` is "attn2", or "attn1" where that
+    is cross-attention too; the rest is (part, number, index) of `BasicTransformerBlock`
+    (comfy/ldm/modules/attention.py, `transformer_block`). In a transformer by the `path` of its module; part is
+    "block", number the block's among those with text attention, in the network's order.
     """
 
     slot: str
     part: str
     number: int
     index: int
+    path: str = ""
 
     @property
     def key(self) -> tuple[str, int, int]:
         return self.part, self.number, self.index
 
 
-def text_layers(model) -> tuple[Layer, ...]:
-    """Every text cross-attention of a MODEL, in the order in which the network runs them.
+def text_layers(model, force_unknown: bool = False) -> tuple[Layer, ...]:
+    """Every text attention of a MODEL, in the order in which the network runs them.
+
+    `force_unknown`: in a network that is not in the table, whatever looks like text attention by its shape.
 
     Raises:
         ValueError: the model has none that PLADIS can reach.
     """
-    base = model.model
-    if isinstance(base, (model_base.SVD_img2vid, model_base.Stable_Zero123)):
+    base, network = model.model, model.get_model_object("diffusion_model")
+    family = find_family(base, network)
+    if family is None:
+        if force_unknown:
+            return (Layer(BY_SHAPE, "block", 0, 0),)
         raise ValueError(
-            f"{type(base).__name__} has no text attention: it attends to a single image token, where sparse and dense "
-            "attention are the same, so PLADIS would change nothing. Remove the Apply PLADIS node from this workflow."
+            f"PLADIS does not know this kind of model and cannot reach the text attention of {type(network).__name__} "
+            f"({type(base).__name__}). The README lists the families that it knows. To try a general rule, set "
+            "force_unknown in Apply PLADIS (Advanced); else remove the Apply PLADIS node, or load another model."
         )
-    network = model.get_model_object("diffusion_model")
-    if not isinstance(network, UNetModel):
+    if family.kind == UNSUPPORTED:
         raise ValueError(
-            f"This version of PLADIS cannot reach the text attention of {type(network).__name__} "
-            f"({type(base).__name__}). It works on U-Nets: SD 1.x, SD 2.x, SDXL and their relatives. "
-            "Remove the Apply PLADIS node, or load such a model."
+            f"{type(base).__name__} has no text attention that PLADIS changes. {family.reason}. Remove the Apply "
+            "PLADIS node from this workflow."
         )
-    layers = unet_layers(network)
+    layers = unet_layers(network) if family.kind == UNET else tuple(_module_layers(network, family))
     if not layers:
         raise ValueError(
             f"{type(base).__name__} has no text cross-attention layer: PLADIS would change nothing. "
@@ -63,6 +73,25 @@ def text_layers(model) -> tuple[Layer, ...]:
 def unet_layers(network: UNetModel) -> tuple[Layer, ...]:
     """Every cross-attention of a U-Net, in the order in which it runs them."""
     return tuple(_unet_layers(network))
+
+
+def _module_layers(network, family: Family) -> Iterable[Layer]:
+    """The modules that the family names; those under one numbered module are one block."""
+    patterns = [re.compile(re.escape(m).replace(r"\*", r"(\d+)")) for m in family.modules]
+    found = [
+        (order, path[: match.end(match.lastindex)], path)
+        for path, _ in network.named_modules()
+        for order, pattern in enumerate(patterns)
+        if (match := pattern.fullmatch(path))
+    ]
+    containers = [pattern.partition("*")[0] for pattern in family.modules]
+    # stable: blocks of one container stay in the network's order
+    found.sort(key=lambda entry: containers.index(containers[entry[0]]))
+    numbers: dict[str, int] = {}
+    depths: dict[str, int] = {}
+    for _, block, path in found:
+        depth = depths[block] = depths.get(block, -1) + 1
+        yield Layer("module", "block", numbers.setdefault(block, len(numbers)), depth, path)
 
 
 def _unet_layers(network: UNetModel) -> Iterable[Layer]:
@@ -91,6 +120,11 @@ def choose_layers(choice: str, blocks: str, layers: tuple[Layer, ...]) -> frozen
     if choice == "all":
         return frozenset(layers)
     if choice == "down + up":
+        if any(layer.part == "block" for layer in layers):
+            raise ValueError(
+                "layers is down + up, which only U-Nets have: this model is a transformer. Choose all, or custom with "
+                f"a list of blocks. {describe_blocks(layers)}"
+            )
         return frozenset(layer for layer in layers if layer.part != "middle")
     if choice != "custom":
         raise ValueError(f"layers {choice!r} is unknown: choose one of {', '.join(LAYER_CHOICES)}.")
@@ -101,12 +135,12 @@ def choose_layers(choice: str, blocks: str, layers: tuple[Layer, ...]) -> frozen
 
 
 def _parse_entry(entry: str, layers: tuple[Layer, ...]) -> frozenset[Layer]:
-    """`d2`, `d0-2`, `d2.4`, `d2.2-9`: the spelling of sd-perturbed-attention's block lists."""
+    """`d2`, `d0-2`, `d2.4`, `d2.2-9`: the spelling of sd-perturbed-attention's block lists; `b0-11` in transformers."""
     match = ENTRY.fullmatch(entry.lower())
     if match is None:
         raise ValueError(
-            f"blocks: {entry!r} is not a block. Write d, m or u, a number, and optionally a dot and a layer, with "
-            f"ranges as 2-9: d2.2-9,m0,u0.4. {describe_blocks(layers)}"
+            f"blocks: {entry!r} is not a block. Write d, m or u (in a transformer b), a number, and optionally a dot "
+            f"and a layer, with ranges as 2-9: d2.2-9,m0,u0.4. {describe_blocks(layers)}"
         )
     prefix, first, last, first_index, last_index = match.groups()
     by_number = _group(PREFIXES[prefix], layers)
@@ -143,7 +177,11 @@ def describe_blocks(layers: tuple[Layer, ...]) -> str:
     """The blocks of a model in the spelling of the block list, for error messages."""
     names = []
     for prefix, part in PREFIXES.items():
-        for ordinal, group in enumerate(_group(part, layers)):
-            depth = max(layer.index for layer in group)
+        depths = [max(layer.index for layer in group) for group in _group(part, layers)]
+        if prefix == "b" and len(set(depths)) == 1:
+            # the blocks of a transformer are many and alike
+            names.append(f"b0-{len(depths) - 1}" + (f".0-{depths[0]}" if depths[0] else ""))
+            continue
+        for ordinal, depth in enumerate(depths):
             names.append(f"{prefix}{ordinal}.0" + (f"-{depth}" if depth else ""))
     return f"This model has {', '.join(names)}."

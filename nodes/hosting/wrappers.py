@@ -6,16 +6,19 @@ its own copy it puts a hook in front of whatever sits in each slot. Nothing is l
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 
-from .compiled import is_compiled, run_compiled, warn_of_frozen_settings
+from .compiled import is_compiled, run_compiled, uncompiled, warn_of_frozen_settings
 from .conditioning import GUIDER_KEY, TABLE_KEY, GuiderConds, batch_chunks, read_conditioning
+from .families import UNET, find_family, network_of
 from .hook import ModelCall, PladisHook
 from .layers import unet_layers
 from .settings import Settings
+from .transformer import text_attention
 
 KEY = "pladis"
 
@@ -66,20 +69,32 @@ class ApplyModel:
     def __call__(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **extra
     ):
-        transformer_options = installed = transformer_options or {}
-        active = self._active(t, executor.class_obj.model_sampling) if c_crossattn is not None else []
-        if active:
-            call = ModelCall(x.shape[0], c_crossattn.shape[1], batch_chunks(transformer_options, x.shape[0]))
+        transformer_options = transformer_options or {}
+        base = executor.class_obj
+        family = find_family(base)
+        arguments = {"x": x, "c_crossattn": c_crossattn, **extra}
+        text = arguments.get("c_crossattn" if family is None else family.text)
+        active, call = [], None
+        if text is not None:
+            call = ModelCall(x.shape[0], text.shape[1], batch_chunks(transformer_options, x.shape[0]))
             roles = {"both", *(chunk.role for chunk in call.chunks)}
-            for settings in (s for s in active if not call.chunks or s.apply_to in roles):
-                installed = _install(installed, settings, call)
+            active = [s for s in self._active(t, base.model_sampling) if not call.chunks or s.apply_to in roles]
 
         def run(options):
             return executor(x, t, c_concat, c_crossattn, control, options, **extra)
 
-        if is_compiled(transformer_options):
-            return run_compiled(run, installed, unet_layers(executor.class_obj.diffusion_model))
-        return run(installed)
+        compiled = is_compiled(transformer_options)
+        if family is not None and family.kind == UNET:
+            for settings in active:
+                transformer_options = _install(transformer_options, settings, call)
+            if compiled:
+                return run_compiled(run, transformer_options, unet_layers(network_of(base)))
+            return run(transformer_options)
+        if not active:
+            return run(transformer_options)
+        hosted = text_attention(network_of(base), family, active, arguments, call, transformer_options)
+        with uncompiled(type(network_of(base)).__name__) if compiled else contextlib.nullcontext(), hosted as options:
+            return run(options)
 
     def _active(self, t, model_sampling) -> list[Settings]:
         candidates = [s for s in self.settings if not s.is_off]

@@ -6,12 +6,11 @@ import logging
 
 import comfy_extras.nodes_torch_compile
 import pytest
-import tiny
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+import tiny
 from pladis_pack.nodes.hosting import compiled
-
 
 # tracing takes long: two blocks with text attention on the way down, the middle, four on the way up
 tiny.LAYOUTS["two levels"] = (

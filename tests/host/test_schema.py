@@ -11,7 +11,7 @@ from pladis_pack.nodes import comfy_entrypoint
 COMMON = [("model", None), ("scale", 2.0), ("alpha", 1.5), ("start_percent", 0.0), ("end_percent", 1.0)]
 NODES = {
     "PLADISApply": COMMON,
-    "PLADISApplyAdvanced": [*COMMON, ("layers", "all"), ("blocks", ""), ("apply_to", "both")],
+    "PLADISApplyAdvanced": [*COMMON, ("layers", "all"), ("blocks", ""), ("apply_to", "both"), ("force_unknown", False)],
     "PLADISDemoCheckpoint": [("variant", "standard")],
 }
 OUTPUTS = {

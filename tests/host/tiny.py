@@ -133,7 +133,7 @@ def sample(
 
 
 DEFAULTS = {"scale": 2.0, "alpha": 1.5, "start_percent": 0.0, "end_percent": 1.0}
-ADVANCED = {**DEFAULTS, "layers": "all", "blocks": "", "apply_to": "both"}
+ADVANCED = {**DEFAULTS, "layers": "all", "blocks": "", "apply_to": "both", "force_unknown": False}
 
 
 def apply(model, **options):

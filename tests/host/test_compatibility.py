@@ -1,0 +1,53 @@
+"""The README has the table of families that the code has, and every family that it calls tested has a fixture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import comfy.supported_models
+import comfyui_version
+import pytest
+
+import families
+import tiny
+from pladis_pack.nodes.hosting.families import TABLE, UNET, UNSUPPORTED, Family, find_family
+
+README = Path(__file__).parents[2] / "README.md"
+HOSTS = ("0.20.0", "0.33.0")
+MARKS = ("<!-- families: written by tests/host/test_compatibility.py -->\n", "<!-- /families -->")
+
+
+def table() -> str:
+    rows = ["| Family | Text attention | PLADIS | Tested on ComfyUI | Padding tokens |", "|---|---|---|---|---|"]
+    rows += [_row(family) for family in TABLE]
+    return "".join(f"{row}\n" for row in rows)
+
+
+def _row(family: Family) -> str:
+    if family.kind == UNSUPPORTED:
+        return f"| {family.name} | - | no | - | {family.reason}. |"
+    hosts = ", ".join(host for host in HOSTS if host >= family.since)
+    return f"| {family.name} | {family.kind} | yes | {hosts} | {family.pads} |"
+
+
+def test_the_readme_has_the_table():
+    before, mark, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
+    written, end, after = rest.partition(MARKS[1])
+    assert mark and end
+    if "PLADIS_WRITE_TABLE" in os.environ:
+        README.write_text(before + mark + table() + end + after, encoding="utf-8")
+    assert written == table(), "run this test once with PLADIS_WRITE_TABLE=1"
+
+
+def test_every_family_that_is_called_tested_has_a_model_here():
+    found = {find_family(tiny.patcher().model)}
+    for fixture in families.FAMILIES:
+        if hasattr(comfy.supported_models, fixture.config):
+            found.add(find_family(families.patcher(fixture).model))
+    version = comfyui_version.__version__
+    if version not in HOSTS:
+        pytest.skip(f"ComfyUI {version} is not one of those in the table")
+    expected = {f for f in TABLE if f.kind != UNSUPPORTED and version >= f.since}
+    assert found == expected
+    assert UNET in {family.kind for family in found}
