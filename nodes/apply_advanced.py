@@ -47,6 +47,8 @@ class PLADISApplyAdvanced(io.ComfyNode):
                 io.Boolean.Input(
                     "force_unknown",
                     default=False,
+                    # workflows in API format from before it was there do not name it
+                    optional=True,
                     advanced=True,
                     tooltip="Only for a model that PLADIS does not know: take every attention for text whose keys are "
                     "as many as the prompt's tokens and whose queries are not. It may miss, or hit something else.",

@@ -18,7 +18,6 @@ from . import windows
 from .windows import WindowOf, image_text, text_image, text_references_image
 
 UNET, CROSS, JOINT, UNSUPPORTED = "U-Net", "cross", "joint", "none"
-NO_TEXT = "It has no text attention"
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ TABLE = (
     Family("SeedVR2, MiniMax-Music, PiD", UNSUPPORTED, (
            "comfy.ldm.seedvr.model.NaDiT", "comfy.ldm.minimax_music.dit.MiniMaxMusic3DiT",
            "comfy.ldm.pixeldit.pid.PidNet"),
-           reason="Its prompt does not reach an attention that PLADIS could change"),
+           reason="This pack does not cover it: where its attention reads a prompt, if it does, has not been tested"),
     Family("HiDream-O1", UNSUPPORTED, ("comfy.ldm.hidream_o1.model.HiDreamO1Transformer",),
            reason="It is a language model: text and image are one causal sequence, which PLADIS does not cover"),
 )

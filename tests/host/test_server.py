@@ -18,6 +18,7 @@ from pladis_pack.demo.vocabulary import read_caption
 CAPTION = "a red circle left of a blue square"
 APPLY, SAMPLER = "apply", "sampler"
 BASIC = {"scale": 2.0, "alpha": 1.5, "start_percent": 0.0, "end_percent": 1.0}
+# as workflows from before force_unknown name them
 ADVANCED = {**BASIC, "layers": "all", "blocks": "", "apply_to": "both"}
 BLOCKS = [*(f"d{i}.0" for i in range(2)), "m0.0", *(f"u{i}.0" for i in range(4))]
 
@@ -92,7 +93,8 @@ def scale_2(server):
 
 
 @pytest.mark.parametrize(
-    ("node", "inputs"), [("PLADISApply", BASIC), ("PLADISApplyAdvanced", ADVANCED)], ids=["basic", "advanced"]
+    ("node", "inputs"), [("PLADISApply", BASIC), ("PLADISApplyAdvanced", {**ADVANCED, "force_unknown": False})],
+    ids=["basic", "advanced"]
 )
 def test_the_server_offers_the_documented_node(server, node, inputs):
     info = json.loads(server.get(f"/object_info/{node}"))[node]
