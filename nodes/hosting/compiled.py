@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
+from torch import library
 
 from .hook import Hook, dense_attention
 from .layers import Layer
@@ -53,7 +54,7 @@ class CompiledSlot:
         )  # fmt: skip
 
 
-@torch.library.custom_op("pladis::replaced_attention", mutates_args=())
+@library.custom_op("pladis::replaced_attention", mutates_args=())
 def replaced_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: str, part: str, number: int, index: int, n_heads: int,
     dim_head: int, attn_precision: torch.dtype | None, activations_shape: list[int],
