@@ -100,10 +100,15 @@ def is_compiled(transformer_options: dict[str, Any]) -> bool:
 def warn_of_frozen_settings(model_options: dict[str, Any]) -> None:
     """A CUDA graph replays kernels, not Python: nothing looks up changed settings."""
     if model_options.get(COMPILE_ARGUMENTS, {}).get("backend") == "cudagraphs":
-        LOGGER.warning(
-            "PLADIS: TorchCompileModel with backend cudagraphs freezes the settings of Apply PLADIS at its first run. "
-            "Use backend inductor to change them."
-        )
+        _warn_of_cuda_graphs()
+
+
+@cache
+def _warn_of_cuda_graphs() -> None:
+    LOGGER.warning(
+        "PLADIS: TorchCompileModel with backend cudagraphs freezes the settings of Apply PLADIS at its first run. "
+        "Use backend inductor to change them."
+    )
 
 
 def run_compiled(
