@@ -84,7 +84,7 @@ def main() -> None:
 def candidates(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, alpha: float) -> dict[str, Work]:
     """Every way to compute PLADIS that runs here, and `sdpa`."""
     works = {"sdpa": lambda: scaled_dot_product_attention(query, key, value)}
-    backends = ["eager", "reference"]
+    backends = ["eager", "portable", "reference"]
     if find_spec("triton") is not None and query.device.type in ("cuda", "xpu"):
         backends.insert(0, "triton")
     for name in backends:

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 
 import torch
 
-from .impl import eager
+from .impl import cpu, eager
 
-BACKENDS = ("auto", "reference", "eager", "triton")
+BACKENDS = ("auto", "reference", "portable", "eager", "triton")
 LOGGER = logging.getLogger(__name__)
 # far beyond any use, and far from where weights would overflow
 MAX_LAM = 1e6
@@ -91,9 +91,10 @@ def pladis_attention(
             what entmax prunes.
         alpha: 1 <= alpha <= 2. Going higher prunes more keys.
         enable_gqa: H may be a multiple of Hkv; consecutive query heads share a key head.
-        backend: "auto", "triton" (the fused kernel), "eager" (portable PyTorch) or "reference" (materialised, on the
-            `entmax` package, differentiable). "auto" is triton where it works, eager elsewhere, and reference where a
-            gradient is wanted.
+        backend: "triton" (the fused kernel for GPUs), "eager" (on a CPU with a compiler a fused loop, elsewhere
+            "portable"), "portable" (PyTorch in chunks, on any device) or "reference" (materialised, on the `entmax`
+            package, differentiable). "auto" is triton where it works, eager elsewhere, and reference where a gradient
+            is wanted.
 
     Returns:
         (B, H, Lq, Dv) in query's dtype. Scores and weights are float32 or wider whatever the input dtype. A query whose
@@ -101,12 +102,12 @@ def pladis_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, alpha outside [1, 2], lam beyond 1e6, scale not finite,
-            an unknown backend, a gradient asked of the eager or the triton backend, or tensors that the triton backend
-            cannot take.
+            an unknown backend, a gradient asked of a backend that has none, or tensors that the triton backend cannot
+            take.
         ImportError: the reference backend without the `entmax` package, the triton backend without Triton.
     """
     _check_mix(lam, alpha)
-    return _attend(query, key, value, attn_mask, scale, alpha, 1.0 - lam, lam, None, enable_gqa, backend)
+    return _attend(query, key, value, attn_mask, scale, alpha, 1.0 - lam, lam, None, None, enable_gqa, backend)
 
 
 def pladis_correction(
@@ -119,6 +120,7 @@ def pladis_correction(
     lam: float = 2.0,
     alpha: float = 1.5,
     mass: torch.Tensor | None = None,
+    row_lse: torch.Tensor | None = None,
     enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -129,19 +131,25 @@ def pladis_correction(
 
     Args:
         mass: broadcastable to (B, H, Lq, 1); 1 when None.
+        row_lse: instead of the mass, the log-sum-exp of the longer row's scaled and masked scores, broadcastable to
+            (B, H, Lq, 1). The mass is then min(1, exp(LSE(S) - row_lse)), at no extra pass over the scores.
         Others: as in `pladis_attention`.
 
     Returns:
         (B, H, Lq, Dv) in query's dtype.
 
     Raises:
-        ValueError, ImportError: as in `pladis_attention`; also a mass that does not broadcast.
+        ValueError, ImportError: as in `pladis_attention`; also a mass or row_lse that does not broadcast, or both.
     """
     _check_mix(lam, alpha)
-    return _attend(query, key, value, attn_mask, scale, alpha, -lam, lam, mass, enable_gqa, backend)
+    if mass is not None and row_lse is not None:
+        raise ValueError("give mass or row_lse, not both: row_lse says what the mass is")
+    return _attend(query, key, value, attn_mask, scale, alpha, -lam, lam, mass, row_lse, enable_gqa, backend)
 
 
-def _attend(query, key, value, attn_mask, scale, alpha, dense, sparse, mass, enable_gqa, backend) -> torch.Tensor:
+def _attend(
+    query, key, value, attn_mask, scale, alpha, dense, sparse, mass, row_lse, enable_gqa, backend
+) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value on the chosen backend."""
     _check_tensors(query, key, value, enable_gqa)
     scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
@@ -152,21 +160,26 @@ def _attend(query, key, value, attn_mask, scale, alpha, dense, sparse, mass, ena
         raise ValueError(f"attn_mask must be boolean or floating point, not {attn_mask.dtype}")
     attn_mask = _broadcast("attn_mask", attn_mask, (*rows, key.shape[-2]))
     mass = _broadcast("mass", mass, (*rows, 1))
-    implementation = _backend(backend, _wants_grad(query, key, value, attn_mask, mass))
-    return implementation(query, key, value, attn_mask, scale, alpha, dense, sparse, mass)
+    row_lse = _broadcast("row_lse", row_lse, (*rows, 1))
+    implementation = _backend(backend, _wants_grad(query, key, value, attn_mask, mass, row_lse))
+    return implementation(query, key, value, attn_mask, scale, alpha, dense, sparse, mass, row_lse)
 
 
 def _backend(name: str, wants_grad: bool):
     """The `attend` function of a backend."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    if name in ("eager", "triton") and wants_grad:
+    if name in ("portable", "eager", "triton") and wants_grad:
         raise ValueError(f"backend {name!r} has no gradient: use backend='reference', or torch.no_grad()")
     if name == "reference" or wants_grad:
         from .impl import reference
 
         return reference.attend
-    return {"auto": _fastest, "eager": eager.attend, "triton": _fused}[name]
+    return {"auto": _fastest, "portable": eager.attend, "eager": _eager, "triton": _fused}[name]
+
+
+def _eager(query, key, value, *rest) -> torch.Tensor:
+    return (cpu if cpu.usable(query, key, value) else eager).attend(query, key, value, *rest)
 
 
 def _fused(query, key, value, *rest) -> torch.Tensor:
@@ -200,7 +213,7 @@ def _fastest(query, key, value, *rest) -> torch.Tensor:
                 "PLADIS: Triton fails on this machine (%s: %s). From now on without its kernel: same images, slower.",
                 type(error).__name__, next(iter(str(error).splitlines()), ""),
             )  # fmt: skip
-    return eager.attend(query, key, value, *rest)
+    return _eager(query, key, value, *rest)
 
 
 def _has_gpu_compiler(device: torch.device) -> bool:
@@ -231,9 +244,7 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device} and query on {query.device}: move them to one device")
     if key.shape[:3] != value.shape[:3]:
-        raise ValueError(
-            f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in batch, heads or length"
-        )
+        raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in batch, heads or length")
     if query.shape[0] != key.shape[0]:
         raise ValueError(f"query has batch {query.shape[0]} and key has batch {key.shape[0]}")
     if query.shape[3] != key.shape[3]:

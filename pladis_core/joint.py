@@ -11,6 +11,8 @@ attention it costs a pass over the scores (`log_sum_exp`).
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .api import pladis_correction
@@ -49,12 +51,10 @@ def joint_correction(
     Returns:
         (B, H, Lq, Dv) in query's dtype.
     """
-    text_lse = log_sum_exp(query, key, attn_mask, scale, enable_gqa=enable_gqa)
-    # rows whose keys are all masked: -inf - -inf, or what a kernel calls their log-sum-exp
-    mass = (text_lse - row_lse.to(text_lse.dtype)).exp_().nan_to_num_(nan=0.0).mul_(copies).clamp_(max=1.0)
     return pladis_correction(
-        query, key, value, attn_mask, scale, lam=lam, alpha=alpha, mass=mass, enable_gqa=enable_gqa, backend=backend
-    )
+        query, key, value, attn_mask, scale, lam=lam, alpha=alpha, row_lse=row_lse - math.log(copies),
+        enable_gqa=enable_gqa, backend=backend,
+    )  # fmt: skip
 
 
 def attention_with_lse(

@@ -9,6 +9,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+# each of several workers, and the hosts they start, keeps to its own core
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch  # noqa: E402
+
+# before anything imports Triton: its kernels then run on the CPU
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 package = types.ModuleType("pladis_pack")
 package.__path__ = [str(ROOT)]
 sys.modules.setdefault("pladis_pack", package)

@@ -51,8 +51,13 @@ def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.to(dtype).masked_fill(masked, -torch.inf)
 
 
-def centred(scores: torch.Tensor, gain: torch.Tensor, mask: torch.Tensor | None, dim: int) -> torch.Tensor:
-    """gain * scores + mask, minus its maximum over `dim`, in place: at most 0, and -inf where masked. Never NaN."""
+def centred(
+    scores: torch.Tensor, gain: torch.Tensor, mask: torch.Tensor | None, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """gain * scores + mask, minus its maximum over `dim`, in place: at most 0, and -inf where masked. Never NaN.
+
+    Returns them and the maximum.
+    """
     lowest = torch.finfo(scores.dtype).min
     if mask is not None:
         # a quarter of the range, so that adding the mask cannot overflow upwards
@@ -60,7 +65,13 @@ def centred(scores: torch.Tensor, gain: torch.Tensor, mask: torch.Tensor | None,
     # where all is -inf the peak is finite, and -inf stays
     peak = scores.detach().amax(dim, keepdim=True).clamp_(min=lowest)
     scores.sub_(peak)
-    return scores if mask is not None else scores.mul_(gain)
+    return (scores, peak) if mask is not None else (scores.mul_(gain), peak * gain)
+
+
+def row_mass(peak: torch.Tensor, softmax_sum: torch.Tensor, row_lse: torch.Tensor) -> torch.Tensor:
+    """The softmax mass that a longer row, of log-sum-exp `row_lse`, puts on these keys; 0 where all are masked."""
+    # -inf - -inf, or what a kernel calls the log-sum-exp of such a row
+    return (peak + softmax_sum.log() - row_lse.to(peak.dtype)).exp().nan_to_num(nan=0.0).clamp(max=1.0)
 
 
 def bounded_value(value: torch.Tensor, dense: float, sparse: float) -> torch.Tensor:

@@ -19,7 +19,7 @@ import math
 
 import torch
 
-from .common import additive_mask, bounded_value, centred, compute_dtype, newton_steps, scaled_to, unit_keys
+from .common import additive_mask, bounded_value, centred, compute_dtype, newton_steps, row_mass, scaled_to, unit_keys
 
 # Bytes of one score buffer, of which there are two or three: near a core's cache, enough work per kernel launch.
 CPU_BUFFER_BYTES = 5 << 19
@@ -107,25 +107,23 @@ def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, spar
         return scores.clone()
     peak = scores.amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     scores = scores - peak
-    return _mix(scores, alpha, dim, dense, sparse, torch.empty_like(scores))
+    return _mix(scores, alpha, dim, dense, sparse, torch.empty_like(scores))[0]
 
 
 def _mix(
     scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float, weights: torch.Tensor
-) -> torch.Tensor:
-    """The same on centred scores, in one of the two buffers; it overwrites both."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same on centred scores, in one of the two buffers, and the sum of their exponentials; it overwrites both."""
     tiny = torch.finfo(scores.dtype).tiny
     if alpha == 1.0:
         dense, sparse = dense + sparse, 0.0
-    if sparse == 0.0:
-        softmax = scores.exp_()
-        return softmax.mul_(dense / softmax.sum(dim, keepdim=True).clamp_(min=tiny))
-    total = entmax_numerators(scores, alpha, dim, weights)
-    weights.mul_(sparse / total.clamp_(min=tiny))
-    if dense != 0.0:
-        softmax = scores.exp_()
-        weights.addcmul_(softmax, dense / softmax.sum(dim, keepdim=True).clamp_(min=tiny))
-    return weights
+    if sparse != 0.0:
+        total = entmax_numerators(scores, alpha, dim, weights)
+        weights.mul_(sparse / total.clamp_(min=tiny))
+    softmax = scores.exp_()
+    softmax_sum = softmax.sum(dim, keepdim=True)
+    factor = dense / softmax_sum.clamp(min=tiny)
+    return (softmax.mul_(factor) if sparse == 0.0 else weights.addcmul_(softmax, factor)), softmax_sum
 
 
 def chunk_shape(heads: int, queries: int, keys: int, device: torch.device, itemsize: int) -> tuple[int, int]:
@@ -137,7 +135,7 @@ def chunk_shape(heads: int, queries: int, keys: int, device: torch.device, items
     return 1, rows
 
 
-def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.Tensor:
+def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
     batch, heads, queries, _ = query.shape
     keys = key.shape[-2]
@@ -163,7 +161,10 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.
                     scores, weights = scratch.views((part.shape[0], keys, part.shape[1]))
                     torch.bmm(unit[head], part.mT, out=scores)
                     bias = None if mask is None else additive_mask(mask[rows], dtype).mT
-                    scores = centred(scores, gain[head], bias, dim=-2)
-                    part = _mix(scores, alpha, -2, dense, sparse, weights).mT @ value[head]
-                    out[rows] = scaled_to(part, None if mass is None else mass[rows], query.dtype)
+                    scores, peak = centred(scores, gain[head], bias, dim=-2)
+                    weights, softmax_sum = _mix(scores, alpha, -2, dense, sparse, weights)
+                    part_mass = None if mass is None else mass[rows]
+                    if row_lse is not None:
+                        part_mass = row_mass(peak, softmax_sum, row_lse[rows].mT).mT
+                    out[rows] = scaled_to(weights.mT @ value[head], part_mass, query.dtype)
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import additive_mask, bounded_value, centred, compute_dtype, scaled_to, unit_keys
+from .common import additive_mask, bounded_value, centred, compute_dtype, row_mass, scaled_to, unit_keys
 
 try:
     from entmax import entmax15, entmax_bisect, sparsemax
@@ -38,7 +38,7 @@ def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, spar
     return weights.masked_fill(dead, 0.0)
 
 
-def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.Tensor:
+def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
     dtype = compute_dtype(query.dtype, key.dtype, value.dtype)
     groups = query.shape[1] // max(key.shape[1], 1)
@@ -48,7 +48,9 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.
     with torch.autocast(query.device.type, enabled=False):
         unit, gain = unit_keys(key, scale)
         scores = query.to(dtype) @ unit.mT
-        scores = centred(scores, gain, None if mask is None else additive_mask(mask, dtype), dim=-1)
+        scores, peak = centred(scores, gain, None if mask is None else additive_mask(mask, dtype), dim=-1)
+        if row_lse is not None:
+            mass = row_mass(peak, scores.exp().sum(-1, keepdim=True), row_lse)
         weights = mix_weights(scores, alpha, -1, dense, sparse)
         out = weights @ bounded_value(value, dense, sparse)
     return scaled_to(out, mass, query.dtype)

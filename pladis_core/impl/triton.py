@@ -156,13 +156,24 @@ def _row_sum(c):
 
 
 @triton.jit
-def _store(Out, Mass, acc, rows, dims, n_queries, stride_oq, stride_sq, bound, largest, DV, MASS: tl.constexpr):
+def _mass(Mass, rows, n_queries, stride_sq, peak, dense_sum, MASS: tl.constexpr):
+    """The factor of every row. MASS: 0 is 1, 1 given as such, 2 from the log-sum-exp of a longer row."""
+    if MASS == 0:
+        return tl.full(peak.shape, 1.0, tl.float32)
+    given = tl.load(Mass + rows * stride_sq, mask=rows < n_queries, other=0.0).to(tl.float32)
+    if MASS == 1:
+        return given
+    part = tl.exp(peak + tl.log(tl.maximum(dense_sum, 1e-30)) - given)
+    return tl.where(dense_sum > 0.0, tl.minimum(part, 1.0), 0.0)
+
+
+@triton.jit
+def _store(Out, mass, acc, rows, dims, n_queries, stride_oq, bound, largest, DV, MASS: tl.constexpr):
     """Write acc * bound * mass, saturated at the largest value of the output's dtype."""
     inside = rows < n_queries
     acc = tl.minimum(tl.maximum(acc * bound, -largest), largest)
-    if MASS:
-        acc *= tl.load(Mass + rows * stride_sq, mask=inside, other=0.0).to(tl.float32)[:, None]
-        acc = tl.minimum(tl.maximum(acc, -largest), largest)
+    if MASS != 0:
+        acc = tl.minimum(tl.maximum(acc * mass[:, None], -largest), largest)
     at = Out + rows[:, None] * stride_oq + dims[None, :]
     tl.store(at, acc.to(Out.dtype.element_ty), mask=inside[:, None] & (dims < DV)[None, :])
 
@@ -253,6 +264,7 @@ def _resident_kernel(
     if TAIL_K > 0:
         tail_weights = (tail_weights * sparse_factor + tail * dense_factor).to(V.dtype.element_ty)
 
+    mass = _mass(Mass, rows, n_queries, stride_sq, peak, dense_sum, MASS)
     for d in tl.static_range(0, DV, BLOCK_D):
         dims = d + tl.arange(0, BLOCK_D)
         dim_inside = dims < DV
@@ -263,7 +275,7 @@ def _resident_kernel(
             at = V + tail_cols[:, None] * stride_vk + dims[None, :] * stride_vd
             v = tl.load(at, mask=tail_inside[:, None] & dim_inside[None, :], other=0.0)
             acc = _dot(tail_weights, v, acc)
-        _store(Out, Mass, acc, rows, dims, n_queries, stride_oq, stride_sq, bound, largest, DV, MASS)
+        _store(Out, mass, acc, rows, dims, n_queries, stride_oq, bound, largest, DV, MASS)
 
 
 @triton.jit
@@ -353,7 +365,8 @@ def _streaming_kernel(
         v_at = V + cols[:, None].to(tl.int64) * stride_vk + dims[None, :] * stride_vd
         v = tl.load(v_at, mask=(cols < n_keys)[:, None] & (dims < DV)[None, :], other=0.0)
         acc = _dot(weights.to(V.dtype.element_ty), v, acc)
-    _store(Out, Mass, acc, rows, dims, n_queries, stride_oq, stride_sq, bound, largest, DV, MASS)
+    mass = _mass(Mass, rows, n_queries, stride_sq, peak, dense_sum, MASS)
+    _store(Out, mass, acc, rows, dims, n_queries, stride_oq, bound, largest, DV, MASS)
 
 
 def key_tiles(keys: int) -> tuple[int, int]:
@@ -400,7 +413,7 @@ def configuration(queries: int, keys: int, width: int, dtype: torch.dtype) -> di
     return {**tiles, "num_warps": warps, "num_stages": 2}
 
 
-def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.Tensor:
+def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
     batch, heads, queries, width = query.shape
     keys, value_width = value.shape[-2:]
@@ -418,17 +431,19 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass) -> torch.
     kernel = _resident_kernel if is_resident(keys, query.dtype) else _streaming_kernel
     # unused pointers need a tensor all the same
     mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
-    mass_strides = (0, 0, 0) if mass is None else mass.stride()[:3]
+    factor = mass if row_lse is None else row_lse
+    factor_strides = (0, 0, 0) if factor is None else factor.stride()[:3]
     grid = (batch * heads * triton.cdiv(queries, config["BLOCK_Q"]),)
     with _on_device(query.device):
         kernel[grid](
-            query, key, value, query if mask is None else mask, query if mass is None else mass, out,
-            *query.stride(), *key.stride(), *value.stride(), *mask_strides, *mass_strides, *out.stride()[:3],
+            query, key, value, query if mask is None else mask, query if factor is None else factor, out,
+            *query.stride(), *key.stride(), *value.stride(), *mask_strides, *factor_strides, *out.stride()[:3],
             queries, keys, heads, heads // key.shape[1], scale, alpha - 1.0, dense / bound, sparse / bound, bound,
             0.0 if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min,
             torch.finfo(query.dtype).max,
             D=width, DV=value_width, ALPHA=alpha if alpha in (1.5, 2.0) else 0, SMALL=alpha - 1.0 < SMALL_B,
-            STEPS=steps, MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2, MASS=mass is not None,
+            STEPS=steps, MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+            MASS=0 if factor is None else 1 if row_lse is None else 2,
             **config,
         )  # fmt: skip
     return out

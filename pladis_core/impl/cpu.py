@@ -1,0 +1,100 @@
+"""The loop of cpu.cpp, compiled on first use with the machine's GCC, about a second; without GCC, impl/eager.py serves.
+
+No library is kept on disk: it is made for this processor, and a shared home may serve others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .common import additive_mask, bounded_value, compute_dtype, newton_steps, scaled_to, unit_keys
+
+LOGGER = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+
+
+class Problem(ctypes.Structure):
+    """`Problem` of cpu.cpp."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("query", "key", "value", "gain", "mask", "row_lse", "out")]
+        + [
+            (name, ctypes.c_int64)
+            for name in ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width", "padded_width")
+        ]
+        + [(name, ctypes.c_int64 * n) for name, n in (("query_stride", 3), ("mask_stride", 4), ("row_lse_stride", 3))]
+        + [("out_stride", ctypes.c_int64 * 3), ("steps", ctypes.c_int64), ("threads", ctypes.c_int64)]
+        + [(name, ctypes.c_float) for name in ("alpha", "dense", "sparse")]
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled loop; None where there is no GCC for it, and, with one log line, where GCC or the loader fails."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or sys.platform != "linux":
+        return None
+    with tempfile.TemporaryDirectory(prefix="pladis") as folder:
+        target = str(Path(folder) / "cpu.so")
+        try:
+            subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", target], check=True, capture_output=True, text=True, timeout=120
+            )
+            return ctypes.CDLL(target)
+        except (subprocess.SubprocessError, OSError) as error:
+            reason = next(iter((getattr(error, "stderr", None) or str(error)).splitlines()), "")
+            LOGGER.warning("PLADIS: %s cannot compile its CPU loop (%s): same images, slower.", compiler, reason)
+            return None
+
+
+def usable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    dtype = compute_dtype(query.dtype, key.dtype, value.dtype)
+    return query.device.type == "cpu" and dtype == torch.float32 and library() is not None
+
+
+def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+    """As `attend` of impl/eager.py."""
+    batch, heads, queries, width = query.shape
+    keys, value_width = value.shape[-2:]
+    out = query.new_empty(batch, queries, heads, value_width, dtype=torch.float32).transpose(1, 2)
+    if out.numel() == 0 or keys == 0:
+        return out.zero_().to(query.dtype)
+    loop = library()
+    columns = loop.pladis_columns()
+    query_rows = query.detach().float()
+    query_rows = query_rows if query_rows.stride(-1) == 1 else query_rows.contiguous()
+    unit, gain = (t.contiguous() for t in unit_keys(key.detach().float(), scale))
+    values = bounded_value(value.detach().float(), dense, sparse)
+    values = torch.nn.functional.pad(values, (0, -value_width % columns)).contiguous()
+    bias = None if mask is None else _unexpanded_mask(mask)
+    row_lse = None if row_lse is None else row_lse.detach().float()
+    problem = Problem(
+        *(None if t is None else t.data_ptr() for t in (query_rows, unit, values, gain, bias, row_lse, out)),
+        batch, heads, key.shape[1], queries, keys, width, value_width, values.shape[-1],
+        (ctypes.c_int64 * 3)(*query_rows.stride()[:3]),
+        (ctypes.c_int64 * 4)(*(() if bias is None else bias.stride())),
+        (ctypes.c_int64 * 3)(*(() if row_lse is None else row_lse.stride()[:3])),
+        (ctypes.c_int64 * 3)(*out.stride()[:3]),
+        newton_steps(keys, alpha, torch.float32), torch.get_num_threads(),
+        alpha, dense + sparse if alpha == 1.0 else dense, 0.0 if alpha == 1.0 else sparse,
+    )  # fmt: skip
+    if loop.pladis_attend(ctypes.byref(problem)):
+        raise MemoryError("PLADIS attention on the CPU ran out of memory")
+    return scaled_to(out, mass, query.dtype)
+
+
+def _unexpanded_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Additive, float32, converted before it is expanded to all heads and queries."""
+    stored = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
+    return additive_mask(stored, torch.float32).expand(mask.shape)
