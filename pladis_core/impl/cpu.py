@@ -21,7 +21,7 @@ from .common import additive_mask, bounded_value, compute_dtype, newton_steps, s
 
 LOGGER = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 
 
 class Problem(ctypes.Structure):
@@ -31,7 +31,7 @@ class Problem(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in ("query", "key", "value", "gain", "mask", "row_lse", "out")]
         + [
             (name, ctypes.c_int64)
-            for name in ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width", "padded_width")
+            for name in ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width", "columns")
         ]
         + [(name, ctypes.c_int64 * n) for name, n in (("query_stride", 3), ("mask_stride", 4), ("row_lse_stride", 3))]
         + [("out_stride", ctypes.c_int64 * 3), ("steps", ctypes.c_int64), ("threads", ctypes.c_int64)]
@@ -71,17 +71,19 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     if out.numel() == 0 or keys == 0:
         return out.zero_().to(query.dtype)
     loop = library()
-    columns = loop.pladis_columns()
+    block = loop.pladis_columns()
     query_rows = query.detach().float()
     query_rows = query_rows if query_rows.stride(-1) == 1 else query_rows.contiguous()
     unit, gain = (t.contiguous() for t in unit_keys(key.detach().float(), scale))
     values = bounded_value(value.detach().float(), dense, sparse)
-    values = torch.nn.functional.pad(values, (0, -value_width % columns)).contiguous()
+    values = torch.nn.functional.pad(values, (0, -value_width % block))
+    columns = values.shape[-1]
+    values = values.unflatten(-1, (-1, block)).transpose(2, 3).contiguous()
     bias = None if mask is None else _unexpanded_mask(mask)
     row_lse = None if row_lse is None else row_lse.detach().float()
     problem = Problem(
         *(None if t is None else t.data_ptr() for t in (query_rows, unit, values, gain, bias, row_lse, out)),
-        batch, heads, key.shape[1], queries, keys, width, value_width, values.shape[-1],
+        batch, heads, key.shape[1], queries, keys, width, value_width, columns,
         (ctypes.c_int64 * 3)(*query_rows.stride()[:3]),
         (ctypes.c_int64 * 4)(*(() if bias is None else bias.stride())),
         (ctypes.c_int64 * 3)(*(() if row_lse is None else row_lse.stride()[:3])),

@@ -179,6 +179,20 @@ def test_correction_and_mass(shape):
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("shape", ("grouped", "streaming"))
+def test_mass_from_the_log_sum_exp_of_a_longer_row(shape):
+    query, key, value = tensors(shape)
+    row_lse = 2 + 3 * torch.rand(query.shape[0], 1, query.shape[2], 1, device=DEVICE)
+    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=DEVICE)
+    mask[3] = False
+    given, own = (
+        pladis_correction(query, key, value, mask, row_lse=row_lse, enable_gqa=True, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(given, own, atol=1e-5, rtol=0)
+    assert (given[:, :, 3] == 0).all()
+
+
 def test_lambda_zero_and_alpha_one_are_softmax_attention():
     query, key, value = tensors("sdxl 64")
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)

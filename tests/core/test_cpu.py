@@ -1,0 +1,125 @@
+"""The compiled loop: its weights on the rows of test_entmax, and machines on which it cannot be compiled."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+
+import pytest
+import torch
+from test_attention import definition
+from test_entmax import ALPHAS, hard_scores, oracle
+
+from pladis_core import pladis_attention
+from pladis_core.impl import cpu
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no GCC on this system: the portable backend serves")
+
+
+@pytest.fixture
+def no_library_yet():
+    cpu.library.cache_clear()
+    yield
+    cpu.library.cache_clear()
+
+
+def weights_of(scores: torch.Tensor, alpha: float, lam: float = 1.0) -> torch.Tensor:
+    """What the loop does to rows of scores: unit keys and values let them through."""
+    identity = torch.eye(scores.shape[-1])[None, None]
+    return pladis_attention(scores[None, None], identity, identity, scale=1.0, lam=lam, alpha=alpha, backend="eager")[
+        0, 0
+    ]
+
+
+@pytest.mark.parametrize("keys", (1, 2, 7, 63, 77, 154, 600))
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_weights_match_the_entmax_package(alpha, keys):
+    scores = hard_scores(240, keys)
+    assert (weights_of(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
+    mixed = 2 * oracle(scores, alpha) - scores.double().softmax(-1)
+    assert (weights_of(scores, alpha, 2.0) - mixed).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("keys", (20, 77, 600))
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 1.7, 1.95, 2.0))
+def test_one_peak_over_a_cluster_of_nearly_equal_scores(alpha, keys):
+    for depth in (0.05, 0.3, 0.7, 0.95):
+        cluster = -depth / (alpha - 1) - torch.rand(64, keys - 1) * 1e-4
+        scores = torch.cat([torch.zeros(64, 1), cluster], 1)
+        assert (weights_of(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_pruned_keys_get_exactly_nothing(alpha):
+    scores = hard_scores(240, 77)
+    weights = weights_of(scores, alpha)
+    assert (weights >= 0).all()
+    if alpha >= 1.5:
+        assert (weights == 0).any()
+
+
+@pytest.mark.parametrize("queries", (1, 5, 23, 24, 25, 48, 49, 1000))
+@pytest.mark.parametrize("keys", (1, 3, 4, 5, 127, 128, 129, 513))
+def test_edges_of_tiles_and_slabs(queries, keys):
+    query, key, value = torch.randn(1, 2, queries, 20), torch.randn(1, 2, keys, 20), torch.randn(1, 2, keys, 33)
+    out = pladis_attention(query, key, value, backend="eager")
+    torch.testing.assert_close(out.double(), definition(query, key, value), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_nan_is_not_hidden(alpha):
+    """A black image says that something overflowed; a plausible one would not."""
+    query, key, value = (torch.randn(1, 1, n, 16) for n in (40, 77, 77))
+    query[0, 0, 7, 3] = torch.nan
+    out = pladis_attention(query, key, value, alpha=alpha, backend="eager")
+    assert out[0, 0, 7].isnan().all()
+    assert out[0, 0, :7].isfinite().all()
+    assert out[0, 0, 8:].isfinite().all()
+
+
+def test_threads_do_not_change_a_bit():
+    query, key, value = (torch.randn(2, 3, n, 40) for n in (500, 77, 77))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(pladis_attention(query, key, value, backend="eager"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_without_a_compiler_nothing_is_said(no_library_yet, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    inputs = [torch.randn(1, 2, n, 16) for n in (40, 77, 77)]
+    out = pladis_attention(*inputs, backend="eager")
+    assert cpu.library() is None
+    assert torch.equal(out, pladis_attention(*inputs, backend="portable"))
+    assert not caplog.records
+
+
+def test_a_compiler_that_fails_is_reported_once(no_library_yet, monkeypatch, caplog, tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'cannot find as' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    inputs = [torch.randn(1, 2, n, 16) for n in (40, 77, 77)]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            out = pladis_attention(*inputs)
+    assert torch.equal(out, pladis_attention(*inputs, backend="portable"))
+    assert [record.message for record in caplog.records] == [
+        f"PLADIS: {compiler} cannot compile its CPU loop (cannot find as): same images, slower."
+    ]
+
+
+def test_a_compiler_that_hangs_is_given_up(no_library_yet, monkeypatch, caplog):
+    def hang(*args, **kwargs):
+        raise subprocess.TimeoutExpired("g++", 120)
+
+    monkeypatch.setattr(cpu.subprocess, "run", hang)
+    with caplog.at_level(logging.WARNING):
+        assert cpu.library() is None
+    assert "timed out" in caplog.text
