@@ -18,24 +18,56 @@ import os
 import sys
 import time
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
 ROOT = Path(__file__).parents[1]
-TRANSFORMER = {"use_spatial_transformer": True, "legacy": False, "use_checkpoint": False}
+UNET = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_attention": False,
+    "use_spatial_transformer": True, "legacy": False, "use_checkpoint": False,
+}  # fmt: skip
 SDXL = {
+    **UNET,
     "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
     "transformer_depth_middle": 10, "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
     "context_dim": 2048, "adm_in_channels": 2816, "num_classes": "sequential", "use_linear_in_transformer": True,
     "num_head_channels": 64, "num_heads": -1,
 }  # fmt: skip
 SD15 = {
+    **UNET,
     "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
     "transformer_depth_middle": 1, "transformer_depth_output": [1] * 9 + [0] * 3, "context_dim": 768,
     "adm_in_channels": None, "use_linear_in_transformer": False, "num_heads": 8, "num_head_channels": -1,
 }  # fmt: skip
-# name: (host class, network, the model's own picture size)
-LAYOUTS = {"sd15": ("SD15", SD15, 512), "sdxl": ("SDXL", SDXL, 1024)}
+# a nineteenth of the depth, with its mix of blocks: they cost the same all the way down, and 12 billion weights of 4
+# bytes fit into few machines
+FLUX = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 768,
+    "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 1,
+    "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "guidance_embed": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A host class and its network; the model's own picture size, its latent, its prompts and its guidance."""
+
+    host_class: str
+    network: dict
+    size: int
+    latent_channels: int
+    tokens: int
+    context: int
+    pooled: int
+    cfg: float
+
+
+LAYOUTS = {
+    "sd15": Layout("SD15", SD15, 512, 4, 77, 768, 1280, 5.0),
+    "sdxl": Layout("SDXL", SDXL, 1024, 4, 77, 2048, 1280, 5.0),
+    "flux": Layout("Flux", FLUX, 1024, 16, 512, 4096, 768, 1.0),
+}
 
 
 def main() -> None:
@@ -51,13 +83,15 @@ def main() -> None:
         parser.error("--repeats must be at least 2: quartiles are printed")
     import_host()
 
-    base = build(args.layout)
+    base = build(LAYOUTS[args.layout])
     models = candidates(base, args.alpha, args.peer)
-    size = args.size or LAYOUTS[args.layout][2]
-    turns = measure(models, base, size, args.repeats)
+    layout = LAYOUTS[args.layout]
+    size = args.size or layout.size
+    turns = measure(models, layout, size, args.repeats)
     machine = describe(base)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"{args.layout} layout, {size} x {size}, CFG, one step; median [quartiles] of {args.repeats} turns\n")
+    what = f"{args.layout} layout, {size} x {size}, CFG {layout.cfg:g}, one step"
+    print(f"{what}; median [quartiles] of {args.repeats} turns\n")
     rows = []
     for name in models:
         seconds = [turn[name] for turn in turns]
@@ -86,20 +120,16 @@ def import_host() -> None:
     sys.argv = ours
 
 
-def build(layout: str):
+def build(layout: Layout):
     """A MODEL of the layout with random weights, in the dtype that the host would load it in."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
     import torch
 
-    host_class, network, _ = LAYOUTS[layout]
     device = comfy.model_management.get_torch_device()
-    config = {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_attention": False,
-        "dtype": torch.float16 if device.type == "cuda" else torch.float32, **TRANSFORMER, **network,
-    }  # fmt: skip
-    description = getattr(comfy.supported_models, host_class)(config)
+    config = {"dtype": torch.float16 if device.type == "cuda" else torch.float32, **layout.network}
+    description = getattr(comfy.supported_models, layout.host_class)(config)
     description.unet_config.update(config)
     model = description.get_model({}, device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
@@ -126,24 +156,25 @@ def candidates(base, alphas: list[float], peer: Path | None) -> dict[str, object
     return models
 
 
-def measure(models: dict[str, object], base, size: int, repeats: int) -> list[dict[str, float]]:
+def measure(models: dict[str, object], layout: Layout, size: int, repeats: int) -> list[dict[str, float]]:
     """Seconds of one step by candidate, turn by turn. The first turn only warms up."""
     import torch
 
-    width = base.model.model_config.unet_config["context_dim"]
     generator = torch.Generator().manual_seed(1)
-    prompts = [
-        [[torch.randn(1, 77, width, generator=generator), {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
-        for _ in range(2)
-    ]
+
+    def prompt() -> list:
+        context = torch.randn(1, layout.tokens, layout.context, generator=generator)
+        return [[context, {"pooled_output": torch.randn(1, layout.pooled, generator=generator), "guidance": 3.5}]]
+
+    prompts = [prompt(), prompt()]
     names, turns = list(models), []
     for turn in range(repeats + 1):
         order = names[turn % len(names):] + names[: turn % len(names)]
-        turns.append({name: step_seconds(models[name], prompts, size) for name in order})
+        turns.append({name: step_seconds(models[name], layout, prompts, size) for name in order})
     return turns[1:]
 
 
-def step_seconds(model, prompts: list, size: int) -> float:
+def step_seconds(model, layout: Layout, prompts: list, size: int) -> float:
     """The second of two steps: loading and preparing lie before its start."""
     import comfy.sample
     import torch
@@ -155,10 +186,10 @@ def step_seconds(model, prompts: list, size: int) -> float:
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
-    latent = torch.zeros(1, 4, size // 8, size // 8)
+    latent = torch.zeros(1, layout.latent_channels, size // 8, size // 8)
     noise = comfy.sample.prepare_noise(latent, 0)
     comfy.sample.sample(
-        model, noise, 2, 5.0, "euler", "normal", *prompts, latent, callback=mark, disable_pbar=True, seed=0
+        model, noise, 2, layout.cfg, "euler", "normal", *prompts, latent, callback=mark, disable_pbar=True, seed=0
     )
     return marks[1] - marks[0]
 
