@@ -63,6 +63,14 @@ static inline row larger(row a, row b) {
     return map([&](int i) { return b.v[i] < a.v[i] ? a.v[i] : b.v[i]; });
 }
 
+static inline bool same(row a, row b) {
+    ivec equal = a.v[0] == b.v[0];
+    for (int i = 1; i < WIDTH; i++) equal &= a.v[i] == b.v[i];
+    int all = -1;
+    for (int l = 0; l < LANES; l++) all &= equal[l];
+    return all;
+}
+
 // f of every single number
 template <class F>
 static inline row each(F f) {
@@ -204,6 +212,7 @@ static row polynomial(const row *s, row *w, int64_t keys, int64_t steps) {
         });
         row norm = SQUARE ? each([&](int i) { return sqrtf(((float *)&m.total)[i]); }) : m.total;
         step = SQUARE ? (norm - 2.0f) * norm / at_least(m.slope, TINY) : (norm - 1.0f) / at_least(m.slope, 1.0f);
+        if (same(tau + step, tau)) break;
     }
     return sum_of<row>(0, keys, [&](int64_t k) {
         row z = at_least(s[k] - tau - step, 0.0f);
@@ -225,12 +234,14 @@ static row generic(const row *s, row *w, row *slopes, int64_t keys, float alpha,
             return {w[k], slopes[k]};
         });
         m.slope = at_least(m.slope, TINY);
-        if (i < steps)
-            u = u + each([&](int i) {
-                float sum = ((float *)&m.total)[i], log_sum = logf(sum < TINY ? TINY : sum);
-                float step = expm1f(log_sum * b) * expf(log_sum * (1.0f - b)) / b / ((float *)&m.slope)[i];
-                return step < -1.0f ? -1.0f : step;
-            });
+        if (i == steps) break;
+        row next = u + each([&](int i) {
+            float sum = ((float *)&m.total)[i], log_sum = logf(sum < TINY ? TINY : sum);
+            float step = expm1f(log_sum * b) * expf(log_sum * (1.0f - b)) / b / ((float *)&m.slope)[i];
+            return step < -1.0f ? -1.0f : step;
+        });
+        if (same(next, u)) break;
+        u = next;
     }
     row last = (fill(1.0f) - m.total) / m.slope;
     return sum_of<row>(0, keys, [&](int64_t k) { return w[k] = w[k] + slopes[k] * last; });
