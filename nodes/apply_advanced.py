@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from typing_extensions import override
 
-from .hosting import APPLY_TO, LAYER_CHOICES, Settings, apply_settings, choose_layers, text_layers
+from .hosting import APPLY_TO, LAYER_CHOICES, SCHEDULES, Settings, apply_settings, choose_layers, text_layers
 from .inputs import SEARCH_ALIASES, common_inputs, model_output
 
 
@@ -53,6 +53,39 @@ class PLADISApplyAdvanced(io.ComfyNode):
                     tooltip="Only for a model that PLADIS does not know: take every attention for text whose keys are "
                     "as many as the prompt's tokens and whose queries are not. It may miss, or hit something else.",
                 ),
+                io.Combo.Input(
+                    "scale_schedule",
+                    options=list(SCHEDULES),
+                    default="constant",
+                    optional=True,
+                    advanced=True,
+                    tooltip="constant: scale throughout. linear, cosine: from scale at start_percent to end_scale at "
+                    "end_percent, evenly or with a gentle start and end. Words are placed early, texture comes late: "
+                    "a schedule that falls keeps the first and spares the second.",
+                ),
+                io.Float.Input(
+                    "end_scale",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where a linear or cosine scale_schedule ends. Going lower leaves more of the fine texture "
+                    "to the plain model. No effect with constant.",
+                ),
+                io.Float.Input(
+                    "norm_cap",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Against mushy or burnt images: at most this many times the length that each attention "
+                    "output has without PLADIS, its direction kept. 0 is no limit. Going lower holds it nearer to the "
+                    "plain model; 1 is never longer. Costs a second attention in the text layers.",
+                ),
             ],
             outputs=[model_output()],
         )
@@ -70,8 +103,12 @@ class PLADISApplyAdvanced(io.ComfyNode):
         blocks: str,
         apply_to: str,
         force_unknown: bool = False,
+        scale_schedule: str = "constant",
+        end_scale: float = 0.0,
+        norm_cap: float = 0.0,
     ) -> io.NodeOutput:
         chosen = choose_layers(layers, blocks, text_layers(model, force_unknown))
-        return io.NodeOutput(
-            apply_settings(model, Settings(chosen, scale, alpha, start_percent, end_percent, apply_to))
+        settings = Settings(
+            chosen, scale, alpha, start_percent, end_percent, apply_to, scale_schedule, end_scale, norm_cap
         )
+        return io.NodeOutput(apply_settings(model, settings))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from comfy.ldm.modules import attention
 
-from ...pladis_core import pladis_attention, pladis_correction
+from ...pladis_core import add_capped, pladis_attention, pladis_correction
 from .conditioning import Chunk, repeat_mask, usual_role
 from .settings import Settings
 
@@ -63,7 +63,8 @@ class PladisHook:
     ) -> torch.Tensor:
         """q (B, Lq, H * D), k and v (B, Lk, H * D) -> (B, Lq, H * D)."""
         segments = self._segments(q, k, extra_options)
-        if self.resident is None and "optimized_attention_override" not in extra_options:
+        alone = self.resident is None and "optimized_attention_override" not in extra_options
+        if alone and not self.settings.norm_cap:
             parts = [self._fused(segment, q, k, v, extra_options) for segment in segments]
         else:
             base = (self.resident or dense_attention)(q, k, v, extra_options)
@@ -80,7 +81,12 @@ class PladisHook:
         rows = base[segment.rows]
         if not segment.active:
             return rows
-        return rows + self._pladis(pladis_correction, segment, q, k, v, extra_options["n_heads"]).to(rows.dtype)
+        heads, cap = extra_options["n_heads"], self.settings.norm_cap
+        correction = self._pladis(pladis_correction, segment, q, k, v, heads)
+        if not cap:
+            return rows + correction.to(rows.dtype)
+        by_head = (t.unflatten(-1, (heads, -1)) for t in (rows, correction))
+        return add_capped(*by_head, cap).flatten(-2)
 
     def _pladis(self, function, segment: Segment, q, k, v, heads: int) -> torch.Tensor:
         q, k, v = (t[segment.rows] for t in (q, k[:, : segment.length], v[:, : segment.length]))

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .layers import Layer
 
 APPLY_TO = ("both", "positive", "negative")
+# how much of the way from scale to end_scale lies behind, at the part of the window that lies behind
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda position: 0.0,
+    "linear": lambda position: position,
+    "cosine": lambda position: 0.5 - 0.5 * math.cos(math.pi * position),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """PLADIS on `layers` with lambda `scale`, inside a window of the noise schedule, for some of the prompts.
 
+    Over the window, lambda goes to `end_scale` on the curve of `schedule`. `norm_cap` limits the length of every
+    attention output to that many times its length without PLADIS; 0 is no limit.
+
     Raises:
-        ValueError: scale not finite, alpha outside [1, 2], a percent outside [0, 1], start after end, unknown apply_to.
+        ValueError: a scale not finite, alpha outside [1, 2], a percent outside [0, 1], start after end, unknown
+            apply_to or schedule, a norm_cap below 0.
     """
 
     layers: frozenset[Layer]
@@ -24,10 +35,14 @@ class Settings:
     start_percent: float = 0.0
     end_percent: float = 1.0
     apply_to: str = "both"
+    schedule: str = "constant"
+    end_scale: float = 0.0
+    norm_cap: float = 0.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a finite number, not {self.scale}. The paper uses 2.")
+        for name in ("scale", "end_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, not {getattr(self, name)}. The paper uses 2.")
         if not 1.0 <= self.alpha <= 2.0:
             raise ValueError(f"alpha must lie between 1 and 2, not {self.alpha}. The paper uses 1.5.")
         for name in ("start_percent", "end_percent"):
@@ -40,15 +55,30 @@ class Settings:
             )
         if self.apply_to not in APPLY_TO:
             raise ValueError(f"apply_to {self.apply_to!r} is unknown: choose one of {', '.join(APPLY_TO)}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"scale_schedule {self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}.")
+        if not 0.0 <= self.norm_cap < math.inf:
+            raise ValueError(f"norm_cap must be 0 (no limit) or a positive number, not {self.norm_cap}.")
 
     @property
     def is_off(self) -> bool:
         """Whether these settings change nothing: lambda 0, or an alpha at which entmax is softmax."""
-        return self.scale == 0.0 or self.alpha == 1.0
+        scales = {self.scale} if self.schedule == "constant" else {self.scale, self.end_scale}
+        return scales == {0.0} or self.alpha == 1.0
 
     @property
     def whole_schedule(self) -> bool:
-        return self.start_percent <= 0.0 and self.end_percent >= 1.0
+        """Whether they are the same at every noise level."""
+        return self.start_percent <= 0.0 and self.end_percent >= 1.0 and self.schedule == "constant"
+
+    def at(self, sigma: float, model_sampling) -> Settings:
+        """These settings at noise level `sigma`, without a schedule."""
+        if self.schedule == "constant":
+            return self
+        width = self.end_percent - self.start_percent
+        position = (percent_of(sigma, model_sampling) - self.start_percent) / width if width > 0.0 else 0.0
+        way = SCHEDULES[self.schedule](min(max(position, 0.0), 1.0))
+        return replace(self, scale=self.scale + way * (self.end_scale - self.scale), schedule="constant")
 
     def without(self, layers: frozenset[Layer]) -> Settings:
         return replace(self, layers=self.layers - layers)
@@ -64,3 +94,12 @@ class Settings:
         below_start = start <= 0.0 or sigma <= float(model_sampling.percent_to_sigma(start))
         above_end = end >= 1.0 or sigma >= float(model_sampling.percent_to_sigma(end))
         return below_start and above_end
+
+
+def percent_of(sigma: float, model_sampling) -> float:
+    """The percent of the noise schedule at which it has `sigma`: percent_to_sigma, which falls, turned round."""
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(model_sampling.percent_to_sigma(middle)) > sigma else (low, middle)
+    return (low + high) / 2

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-from ...pladis_core import attention_with_lse, joint_correction, log_sum_exp, pladis_attention, pladis_correction
+from ...pladis_core import (
+    add_capped,
+    attention_with_lse,
+    joint_correction,
+    log_sum_exp,
+    pladis_attention,
+    pladis_correction,
+)
 from .attention_call import AttentionCall, bind
 from .direct import direct_attention
 from .families import JOINT, Family
@@ -119,13 +126,15 @@ def _whole_rows(attention: AttentionCall, settings: Settings, call: ModelCall, _
     options = {"lam": settings.scale, "alpha": settings.alpha, "enable_gqa": attention.grouped}
     q, k, v = attention.q, attention.k, attention.v
     every = slice(None)
-    if own is not None and len(segments) == 1 and segments[0].rows == slice(0, len(q)):
+    everything = len(segments) == 1 and segments[0].rows == slice(0, len(q))
+    if own is not None and everything and not settings.norm_cap:
         return attention.to_host(pladis_attention(q, k, v, attention.mask, attention.scale, **options))
     out = dense().clone()
     view = attention.from_host(out)
     for rows in (segment.rows for segment in segments):
         mask = attention.part_of_mask(rows, every, every)
-        view[rows] += pladis_correction(q[rows], k[rows], v[rows], mask, attention.scale, **options)
+        correction = pladis_correction(q[rows], k[rows], v[rows], mask, attention.scale, **options)
+        view[rows] = _added(view[rows], correction, settings.norm_cap)
     return out
 
 
@@ -158,8 +167,12 @@ def _joint(attention: AttentionCall, settings: Settings, call: ModelCall, window
             queries, k[batch][:, :, text], v[batch][:, :, text], row_lse, attention.part_of_mask(batch, rows, text),
             scale, lam=settings.scale, alpha=settings.alpha, copies=window.text[1] // length, enable_gqa=grouped,
         )  # fmt: skip
-        view[batch][:, :, rows] += correction
+        view[batch][:, :, rows] = _added(view[batch][:, :, rows], correction, settings.norm_cap)
     return out if result is None else attention.to_host(view)
+
+
+def _added(dense: torch.Tensor, correction: torch.Tensor, cap: float) -> torch.Tensor:
+    return add_capped(dense, correction, cap) if cap else dense.add_(correction)
 
 
 def _span(span, length: int):

@@ -102,7 +102,8 @@ class ApplyModel:
             return candidates
         # the only synchronisation of a model call
         sigma = float(t.max())
-        return [s for s in candidates if s.covers_sigma(sigma, model_sampling)]
+        now = (s.at(sigma, model_sampling) for s in candidates if s.covers_sigma(sigma, model_sampling))
+        return [s for s in now if not s.is_off]
 
 
 def _install(transformer_options: dict[str, Any], settings: Settings, call: ModelCall) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from pladis_pack.nodes import comfy_entrypoint
 COMMON = [("model", None), ("scale", 2.0), ("alpha", 1.5), ("start_percent", 0.0), ("end_percent", 1.0)]
 NODES = {
     "PLADISApply": COMMON,
-    "PLADISApplyAdvanced": [*COMMON, ("layers", "all"), ("blocks", ""), ("apply_to", "both"), ("force_unknown", False)],
+    "PLADISApplyAdvanced": [
+        *COMMON, ("layers", "all"), ("blocks", ""), ("apply_to", "both"), ("force_unknown", False),
+        ("scale_schedule", "constant"), ("end_scale", 0.0), ("norm_cap", 0.0),
+    ],
     "PLADISDemoCheckpoint": [("variant", "standard")],
 }
 OUTPUTS = {
