@@ -7,13 +7,18 @@ from typing_extensions import override
 
 from .apply import PLADISApply
 from .apply_advanced import PLADISApplyAdvanced
+from .attention_map import PLADISAttentionMap
 from .demo_checkpoint import PLADISDemoCheckpoint
+from .sweep import PLADISSweep, PLADISSweepCell, PLADISSweepGrid
 
 
 class PLADISExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PLADISApply, PLADISApplyAdvanced, PLADISDemoCheckpoint]
+        return [
+            PLADISApply, PLADISApplyAdvanced, PLADISAttentionMap, PLADISDemoCheckpoint, PLADISSweep, PLADISSweepCell,
+            PLADISSweepGrid,
+        ]  # fmt: skip
 
 
 async def comfy_entrypoint() -> PLADISExtension:

@@ -6,8 +6,9 @@ Host-independent mathematics. It imports torch, and `entmax` only when the refer
 from .api import BACKENDS, entmax, pladis_attention, pladis_correction, pladis_weights
 from .cap import add_capped
 from .joint import attention_with_lse, joint_correction, log_sum_exp
+from .maps import KINDS, LayerReport, attention_maps
 
 __all__ = [
-    "BACKENDS", "add_capped", "attention_with_lse", "entmax", "joint_correction", "log_sum_exp", "pladis_attention",
-    "pladis_correction", "pladis_weights",
+    "BACKENDS", "KINDS", "LayerReport", "add_capped", "attention_maps", "attention_with_lse", "entmax",
+    "joint_correction", "log_sum_exp", "pladis_attention", "pladis_correction", "pladis_weights",
 ]  # fmt: skip

@@ -30,7 +30,8 @@ class Family:
     its text. `text` is the argument of apply_model that holds it; without it, there is nothing to do.
 
     `direct` names a host module whose attention never sees transformer_options. `leave` tells how many of a module's
-    first attention calls are not text. `since`: the oldest tested ComfyUI that has the family.
+    first attention calls are not text. `ahead` counts the queries in front of those of the picture (-1: all that are
+    not the picture's), for who draws maps. `since`: the oldest tested ComfyUI that has the family.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Family:
     text: str = "c_crossattn"
     direct: str = ""
     leave: Callable[[Any, Mapping[str, Any]], int] = lambda module, kwargs: 0
+    ahead: Callable[[Any, Mapping[str, Any]], int] = lambda network, arguments: 0
     reason: str = ""
     since: str = "0.20.0"
 
@@ -51,10 +53,18 @@ def image_calls(module, kwargs: Mapping[str, Any]) -> int:
     return int(hasattr(module, "k_img") and kwargs.get("context_img_len") is not None)
 
 
+def wan_reference(network, arguments: Mapping[str, Any]) -> int:
+    """Wan's reference frames come first; HuMo and S2V put theirs last (wan/model.py, forward_orig)."""
+    reference = arguments.get("reference_latent")
+    if reference is None or type(network).__name__ in ("HumoWanModel", "WanModel_S2V"):
+        return 0
+    return windows.image_tokens(reference.shape, (1, 2, 2)[-(reference.ndim - 2) :])
+
+
 DOUBLE_SINGLE = ("double_blocks.*", "single_blocks.*")
 BLOCKS, LAYERS, TRANSFORMER_BLOCKS = ("blocks.*",), ("layers.*",), ("transformer_blocks.*",)
 WAN = {"kind": CROSS, "modules": ("blocks.*.cross_attn", "vace_blocks.*.cross_attn"), "leave": image_calls,
-       "pads": "zeros to 512 in the text encoder, not masked: take part"}  # fmt: skip
+       "ahead": wan_reference, "pads": "zeros to 512 in the text encoder, not masked: take part"}  # fmt: skip
 NO_PADS = "none"
 
 # fmt: off
@@ -144,7 +154,7 @@ TABLE = (
            direct="comfy.ldm.ace.ace_step15"),
     Family("Stable Audio 1, 3", CROSS, ("comfy.ldm.audio.dit.AudioDiffusionTransformer",),
            ("transformer.layers.*.cross_attn",), pads="to 128 (3: 256), not masked: take part, and so do the seconds. "
-           "Version 3 subtracts a second attention: PLADIS is in both"),
+           "Version 3 subtracts a second attention: PLADIS is in both", ahead=lambda network, arguments: -1),
     Family("Hunyuan3D, Trellis 2, TripoSplat", UNSUPPORTED, (
            "comfy.ldm.hunyuan3d.model.Hunyuan3Dv2", "comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain",
            "comfy.ldm.trellis2.model.Trellis2", "comfy.ldm.triposplat.model.LatentSeqMMFlowModel"),

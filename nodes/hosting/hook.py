@@ -75,23 +75,25 @@ class PladisHook:
         if not segment.active:
             rows = segment.rows
             return dense_attention(q[rows], k[rows], v[rows], extra_options)
-        return self._pladis(pladis_attention, segment, q, k, v, extra_options["n_heads"])
+        return self._pladis(pladis_attention, segment, q, k, v, extra_options)
 
     def _added(self, segment: Segment, base, q, k, v, extra_options) -> torch.Tensor:
         rows = base[segment.rows]
         if not segment.active:
             return rows
         heads, cap = extra_options["n_heads"], self.settings.norm_cap
-        correction = self._pladis(pladis_correction, segment, q, k, v, heads)
+        correction = self._pladis(pladis_correction, segment, q, k, v, extra_options)
         if not cap:
             return rows + correction.to(rows.dtype)
         by_head = (t.unflatten(-1, (heads, -1)) for t in (rows, correction))
         return add_capped(*by_head, cap).flatten(-2)
 
-    def _pladis(self, function, segment: Segment, q, k, v, heads: int) -> torch.Tensor:
+    def _pladis(self, function, segment: Segment, q, k, v, extra_options) -> torch.Tensor:
         q, k, v = (t[segment.rows] for t in (q, k[:, : segment.length], v[:, : segment.length]))
         mask = repeat_mask(k, v) if segment.length is None else None
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (extra_options["n_heads"], -1)).transpose(1, 2) for t in (q, k, v))
+        if self.settings.watch is not None:
+            self.settings.watch(q, k, v, mask=mask, size=tuple(extra_options["activations_shape"][-2:]))
         out = function(q, k, v, mask, lam=self.settings.scale, alpha=self.settings.alpha)
         return out.transpose(1, 2).flatten(2)
 

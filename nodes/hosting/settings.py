@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from .layers import Layer
 
@@ -22,7 +24,8 @@ class Settings:
     """PLADIS on `layers` with lambda `scale`, inside a window of the noise schedule, for some of the prompts.
 
     Over the window, lambda goes to `end_scale` on the curve of `schedule`. `norm_cap` limits the length of every
-    attention output to that many times its length without PLADIS; 0 is no limit.
+    attention output to that many times its length without PLADIS; 0 is no limit. `watch` is called with what every
+    text attention gets (hosting/attention_map.py).
 
     Raises:
         ValueError: a scale not finite, alpha outside [1, 2], a percent outside [0, 1], start after end, unknown
@@ -38,6 +41,7 @@ class Settings:
     schedule: str = "constant"
     end_scale: float = 0.0
     norm_cap: float = 0.0
+    watch: Callable[..., Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("scale", "end_scale"):
@@ -62,7 +66,9 @@ class Settings:
 
     @property
     def is_off(self) -> bool:
-        """Whether these settings change nothing: lambda 0, or an alpha at which entmax is softmax."""
+        """Whether these settings do nothing: lambda 0, or an alpha at which entmax is softmax, and nobody watches."""
+        if self.watch is not None:
+            return False
         scales = {self.scale} if self.schedule == "constant" else {self.scale, self.end_scale}
         return scales == {0.0} or self.alpha == 1.0
 
@@ -79,6 +85,10 @@ class Settings:
         position = (percent_of(sigma, model_sampling) - self.start_percent) / width if width > 0.0 else 0.0
         way = SCHEDULES[self.schedule](min(max(position, 0.0), 1.0))
         return replace(self, scale=self.scale + way * (self.end_scale - self.scale), schedule="constant")
+
+    def on(self, layer: Layer, **known) -> Settings:
+        """These settings for one layer; the watcher is told the layer and what is known of it."""
+        return self if self.watch is None else replace(self, watch=partial(self.watch, layer, **known))
 
     def without(self, layers: frozenset[Layer]) -> Settings:
         return replace(self, layers=self.layers - layers)

@@ -126,6 +126,8 @@ def _whole_rows(attention: AttentionCall, settings: Settings, call: ModelCall, _
     options = {"lam": settings.scale, "alpha": settings.alpha, "enable_gqa": attention.grouped}
     q, k, v = attention.q, attention.k, attention.v
     every = slice(None)
+    if settings.watch is not None:
+        settings.watch(q, k, v, mask=attention.mask, scale=attention.scale)
     everything = len(segments) == 1 and segments[0].rows == slice(0, len(q))
     if own is not None and everything and not settings.norm_cap:
         return attention.to_host(pladis_attention(q, k, v, attention.mask, attention.scale, **options))
@@ -163,9 +165,13 @@ def _joint(attention: AttentionCall, settings: Settings, call: ModelCall, window
             if lse is None
             else lse[batch][:, :, rows]
         )
+        own_text = k[batch][:, :, text], v[batch][:, :, text]
+        mask = attention.part_of_mask(batch, rows, text)
+        if settings.watch is not None:
+            settings.watch(queries, *own_text, mask=mask, scale=scale, row_lse=row_lse)
         correction = joint_correction(
-            queries, k[batch][:, :, text], v[batch][:, :, text], row_lse, attention.part_of_mask(batch, rows, text),
-            scale, lam=settings.scale, alpha=settings.alpha, copies=window.text[1] // length, enable_gqa=grouped,
+            queries, *own_text, row_lse, mask, scale, lam=settings.scale, alpha=settings.alpha,
+            copies=window.text[1] // length, enable_gqa=grouped,
         )  # fmt: skip
         view[batch][:, :, rows] = _added(view[batch][:, :, rows], correction, settings.norm_cap)
     return out if result is None else attention.to_host(view)
@@ -203,7 +209,8 @@ def text_attention(
     transformer_options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A copy of transformer_options with the override of this model call, while its hooks are installed."""
-    chosen = {layer.path: settings for settings in active for layer in settings.layers}
+    ahead = family.ahead(network, arguments) if family is not None else 0
+    chosen = {layer.path: settings.on(layer, ahead=ahead) for settings in active for layer in settings.layers}
     resident = transformer_options.get("optimized_attention_override")
     by_shape = active[-1] if family is None else None
     window = family.window(network, arguments) if family is not None and family.kind == JOINT else None

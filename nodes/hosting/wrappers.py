@@ -115,7 +115,7 @@ def _install(transformer_options: dict[str, Any], settings: Settings, call: Mode
         replace[slot] = residents.copy()
         for layer in (layer for layer in settings.layers if layer.slot == slot):
             resident = residents.get(layer.key, residents.get(layer.key[:2]))
-            replace[slot][layer.key] = PladisHook(settings, call, resident)
+            replace[slot][layer.key] = PladisHook(settings.on(layer), call, resident)
     if any(layer.slot == "attn1" for layer in settings.layers):
         _give_attn1_a_value(options)
     return options

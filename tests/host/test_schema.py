@@ -15,12 +15,28 @@ NODES = {
         *COMMON, ("layers", "all"), ("blocks", ""), ("apply_to", "both"), ("force_unknown", False),
         ("scale_schedule", "constant"), ("end_scale", 0.0), ("norm_cap", 0.0),
     ],
+    "PLADISAttentionMap": [
+        ("model", None), ("positive", None), ("latent", None), ("words", ""), ("percent", 0.3), ("scale", 2.0),
+        ("alpha", 1.5), ("layers", "all"), ("blocks", ""), ("seed", 0), ("clip", None), ("prompt", ""), ("image", None),
+    ],
     "PLADISDemoCheckpoint": [("variant", "standard")],
+    "PLADISSweep": [
+        ("model", None), ("seed", 0), ("steps", 20), ("cfg", 8.0), ("sampler_name", None), ("scheduler", None),
+        ("positive", None), ("negative", None), ("latent_image", None), ("denoise", 1.0), ("vae", None),
+        ("scales", "0, 1, 2, 3"), ("alphas", "1.5"),
+    ],
+    # made by PLADIS Sweep while it runs
+    "PLADISSweepCell": [("latent", None), ("image", None), ("label", None), ("before", None)],
+    "PLADISSweepGrid": [("cells", None), ("columns", 1)],
 }
 OUTPUTS = {
     "PLADISApply": ["MODEL"],
     "PLADISApplyAdvanced": ["MODEL"],
+    "PLADISAttentionMap": ["IMAGE", "STRING", "IMAGE"],
     "PLADISDemoCheckpoint": ["MODEL", "CLIP", "VAE"],
+    "PLADISSweep": ["LATENT", "IMAGE"],
+    "PLADISSweepCell": ["PLADIS_CELLS"],
+    "PLADISSweepGrid": ["LATENT", "IMAGE"],
 }
 
 

@@ -20,6 +20,7 @@ APPLY, SAMPLER = "apply", "sampler"
 BASIC = {"scale": 2.0, "alpha": 1.5, "start_percent": 0.0, "end_percent": 1.0}
 # as workflows from before force_unknown name them
 ADVANCED = {**BASIC, "layers": "all", "blocks": "", "apply_to": "both"}
+SINCE = {"force_unknown": False, "scale_schedule": "constant", "end_scale": 0.0, "norm_cap": 0.0}
 BLOCKS = [*(f"d{i}.0" for i in range(2)), "m0.0", *(f"u{i}.0" for i in range(4))]
 
 
@@ -93,7 +94,7 @@ def scale_2(server):
 
 
 @pytest.mark.parametrize(
-    ("node", "inputs"), [("PLADISApply", BASIC), ("PLADISApplyAdvanced", {**ADVANCED, "force_unknown": False})],
+    ("node", "inputs"), [("PLADISApply", BASIC), ("PLADISApplyAdvanced", {**ADVANCED, **SINCE})],
     ids=["basic", "advanced"]
 )
 def test_the_server_offers_the_documented_node(server, node, inputs):
@@ -204,3 +205,118 @@ def test_the_picture_shows_the_caption(server, node):
         result = score(read_caption(CAPTION), read(pixels.astype("uint8")))
         wanted, found = wanted + result.named, found + result.found
     assert found / wanted > 0.7
+
+
+def sweep(scales: str, alphas: str = "1.5", seed: int = 1, batch: int = 1, steps: int = 8) -> dict:
+    nodes = workflow(seed=seed)
+    sampler = nodes.pop(SAMPLER)["inputs"]
+    lists = {"vae": ["demo", 2], "scales": scales, "alphas": alphas}
+    nodes["sweep"] = {"class_type": "PLADISSweep", "inputs": {**sampler, "steps": steps, **lists}}
+    nodes["latent"]["inputs"]["batch_size"] = batch
+    nodes["decode"]["inputs"]["samples"] = ["sweep", 0]
+    nodes["grid"] = {"class_type": "SaveImage", "inputs": {"images": ["sweep", 1], "filename_prefix": "grid"}}
+    return nodes
+
+
+def pictures(server, entry: dict, node: str) -> list:
+    import numpy
+    from PIL import Image
+
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    saved = entry["outputs"][node]["images"]
+    return [numpy.asarray(Image.open(BytesIO(server.view(image))).convert("RGB")).astype(int) for image in saved]
+
+
+def sampled_cells(server, workflow: dict) -> tuple[dict, int]:
+    """A run, and in how many of its cells the server sampled."""
+    before = runs(server)
+    entry = server.run(workflow)
+    return entry, runs(server) - before
+
+
+def runs(server) -> int:
+    """Progress bars that began: one for each run of a sampler."""
+    return server.log().count("| 0/")
+
+
+def test_a_sweep_is_what_single_nodes_make(server, baseline, scale_2):
+    entry, sampled = sampled_cells(server, sweep("0, 2", "1.5, 1"))
+    cells = pictures(server, entry, "save")
+    assert len(cells) == 4
+    assert (cells[0] == baseline).all()
+    assert (cells[1] == scale_2).all()
+    # at alpha 1 everything is the baseline, which is sampled once
+    assert (cells[2] == baseline).all() and (cells[3] == baseline).all()
+    assert sampled <= 2
+    (grid,) = pictures(server, entry, "grid")
+    assert grid.shape == (2 * (64 + 20 + 4) + 4, 2 * (96 + 4) + 4, 3)
+    assert (grid[24:88, 20:84] == baseline).all()
+
+
+def test_only_new_cells_are_sampled(server):
+    _, first = sampled_cells(server, sweep("0, 1", seed=5))
+    entry, second = sampled_cells(server, sweep("0, 1, 3", seed=5))
+    assert (first, second) == (2, 1)
+    assert len(pictures(server, entry, "save")) == 3
+
+
+def test_a_sweep_of_a_batch_has_a_grid_for_each_of_its_pictures(server):
+    entry = server.run(sweep("0, 2", seed=6, batch=2))
+    assert len(pictures(server, entry, "save")) == 4
+    grids = pictures(server, entry, "grid")
+    assert len(grids) == 2
+    assert (grids[0] != grids[1]).any()
+
+
+def test_interrupting_keeps_the_cells_that_are_done(server):
+    import threading
+    import time
+
+    long = sweep("0, 0.5, 1, 1.5, 2, 2.5", seed=9, steps=60)
+    before = runs(server)
+
+    def interrupt():
+        while runs(server) < before + 3:
+            time.sleep(0.02)
+        server.get("/interrupt", b"{}")
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    entry = server.run(long)
+    thread.join()
+    assert "execution_interrupted" in messages(entry)
+    entry, sampled = sampled_cells(server, long)
+    # two were done when the third began
+    assert 1 <= sampled <= 4
+    assert len(pictures(server, entry, "save")) == 6
+
+
+@pytest.mark.parametrize(
+    ("scales", "alphas", "message"),
+    [("0, x", "1.5", "'x' is not a number"), ("", "1.5", "'' is not a number"), ("1", "2.5", "2.5 lies outside 1 to 2"),
+     (",".join(map(str, range(10))), "1.1,1.2,1.3,1.4,1.5,1.6,1.7", "70 cells")],
+    ids=["word", "empty", "range", "too many"],
+)
+def test_a_wrong_list_is_an_error_of_the_sweep(server, scales, alphas, message):
+    found = error(server, sweep(scales, alphas))
+    assert found["node_id"] == "sweep"
+    assert message in found["exception_message"]
+
+
+def test_the_attention_map_in_a_workflow(server):
+    nodes = workflow()
+    nodes["map"] = {
+        "class_type": "PLADISAttentionMap",
+        "inputs": {
+            "model": ["demo", 0], "positive": ["positive", 0], "latent": [SAMPLER, 0], "clip": ["demo", 1],
+            "image": ["decode", 0], "words": "red circle, square", "prompt": CAPTION, "percent": 0.3, "scale": 2.0,
+            "alpha": 1.5, "layers": "all", "blocks": "", "seed": 0,
+        },
+    }  # fmt: skip
+    nodes["maps"] = {"class_type": "SaveImage", "inputs": {"images": ["map", 0], "filename_prefix": "maps"}}
+    nodes["report"] = {"class_type": "SaveImage", "inputs": {"images": ["map", 2], "filename_prefix": "report"}}
+    nodes["text"] = {"class_type": "PreviewAny", "inputs": {"source": ["map", 1]}}
+    entry = server.run(nodes)
+    assert len(pictures(server, entry, "maps")) == 6
+    assert len(pictures(server, entry, "report")) == 1
+    assert "red circle: tokens #2, #3" in str(entry["outputs"]["text"])

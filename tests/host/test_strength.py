@@ -22,7 +22,7 @@ def scales(monkeypatch, model, steps=4, **options) -> list[float]:
     """Lambda at every model call in which PLADIS runs."""
     seen, install = [], wrappers._install
     with monkeypatch.context() as patched:
-        patched.setattr(wrappers, "_install", lambda options, s, call: seen.append(s.scale) or install(options, s, call))
+        patched.setattr(wrappers, "_install", lambda *args: seen.append(args[1].scale) or install(*args))
         tiny.sample(apply(model, **options), steps=steps, cfg=1.0)
     return seen
 

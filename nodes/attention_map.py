@@ -1,0 +1,191 @@
+"""PLADIS Attention Map: where each word of a prompt is looked at, before and after PLADIS."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+from typing_extensions import override
+
+from .hosting import LAYER_CHOICES, Settings, choose_layers, text_layers
+from .hosting.attention_map import KINDS, AttentionMaps, watch_attention
+from .hosting.words import Word, find_words
+from .inputs import SEARCH_ALIASES
+from .pictures import draw_bars, draw_map, fitted, map_size
+
+# pladis_core.LayerReport's: the head of the bars, and what it means
+FIGURES = {
+    "zeros": ("pruned", "share of tokens that sparse attention gives exactly no weight"),
+    "support": ("support", "tokens that keep a weight"),
+    "negative": ("negative weight", "sum of the weights below zero after extrapolation"),
+    "length_ratio": ("length ratio", "length of the attention's output with PLADIS / without"),
+}
+
+
+class PLADISAttentionMap(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PLADISAttentionMap",
+            display_name="PLADIS Attention Map",
+            category="model/patch",
+            description="Shows where in the picture the model looks for each word: with softmax (dense), with entmax "
+            "(sparse) and as PLADIS mixes them (extrapolated). Runs the model once, at one point of the noise "
+            "schedule, on a finished latent that it noises again.",
+            search_aliases=[*SEARCH_ALIASES, "attention map", "heatmap", "daam", "explain"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to look into, with or without Apply PLADIS: here it runs with the scale and "
+                    "alpha below.",
+                ),
+                io.Conditioning.Input("positive", tooltip="The encoded prompt whose words are looked for."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="A finished latent, from a sampler or VAE Encode. It gets noise again up to percent. Of a "
+                    "batch the first is taken, of a video the mean over its frames is drawn.",
+                ),
+                io.String.Input(
+                    "words",
+                    default="",
+                    multiline=True,
+                    tooltip="Words of the prompt, with commas or line breaks between: red circle, square. Or token "
+                    "positions: #1, #2-4 (#0 is the start token in most models). Empty: every word of the prompt.",
+                ),
+                io.Float.Input(
+                    "percent",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The point of the noise schedule: 0 is pure noise, 1 the finished picture. Going lower "
+                    "shows the layout being decided, going higher the details.",
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=2.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Lambda of the extrapolated map, and of the run. Going higher puts more weight below zero.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=1.5,
+                    min=1.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="Of the sparse map: 1 is softmax, 2 sparsemax. Going higher leaves fewer places to a word.",
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(LAYER_CHOICES),
+                    default="all",
+                    tooltip="Which layers the maps are averaged over and the report lists, as in Apply PLADIS "
+                    "(Advanced). PLADIS runs in all of them.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="",
+                    tooltip="Used when layers is custom: d2.2-9,m0,u0.4, or b0-11 in transformers.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the noise that the latent gets."
+                ),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="The CLIP that encoded the prompt; needed to find words by name."
+                ),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="The text that was encoded, weights such as (red:1.3) included; needed to find words by "
+                    "name.",
+                ),
+                io.Image.Input("image", optional=True, tooltip="The finished picture, to shine through the maps."),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="maps", tooltip="For each word three maps: dense, sparse, extrapolated, with legends."
+                ),
+                io.String.Output(display_name="report", tooltip="Figures of every layer, as a table."),
+                io.Image.Output(display_name="report_image", tooltip="The same figures as bars."),
+            ],
+        )
+
+    @classmethod
+    @override
+    def execute(
+        cls,
+        model: io.Model.Type,
+        positive: io.Conditioning.Type,
+        latent: io.Latent.Type,
+        words: str,
+        percent: float,
+        scale: float,
+        alpha: float,
+        layers: str,
+        blocks: str,
+        seed: int,
+        clip: io.Clip.Type | None = None,
+        prompt: str = "",
+        image: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        every = text_layers(model)
+        watched = choose_layers(layers, blocks, every)
+        found = find_words(words, prompt, clip, positive[0][0].shape[1])
+        settings = Settings(frozenset(every), scale, alpha)
+        seen = watch_attention(model, positive, latent, percent, seed, settings, found, watched)
+        names = {layer: name for layer, name in zip(every, layer_names(every), strict=True) if layer in seen.reports}
+        figures = {head: [mean(seen, layer, head) for layer in names] for head in FIGURES}
+        title = f"percent {percent:g}, scale {scale:g}, alpha {alpha:g}"
+        return io.NodeOutput(
+            draw_words(seen.maps(), found, image),
+            table(list(names.values()), figures, found, title),
+            draw_bars(list(names.values()), {FIGURES[head][0]: column for head, column in figures.items()}, title),
+        )
+
+
+def layer_names(layers) -> list[str]:
+    """The layers in the spelling of the block list."""
+    numbers: dict[str, dict[int, int]] = {}
+    names = []
+    for layer in layers:
+        ordinals = numbers.setdefault(layer.part, {})
+        ordinal = ordinals.setdefault(layer.number, len(ordinals))
+        prefix = {"input": "d", "middle": "m", "output": "u", "block": "b"}[layer.part]
+        names.append(f"{prefix}{ordinal}.{layer.index}" + (" (attn1)" if layer.slot == "attn1" else ""))
+    return names
+
+
+def mean(seen: AttentionMaps, layer, figure: str) -> float:
+    reports = seen.reports[layer]
+    return sum(getattr(report, figure) for report in reports) / len(reports)
+
+
+def draw_words(maps: torch.Tensor, words: list[Word], image: torch.Tensor | None) -> torch.Tensor:
+    """For each word its maps (kinds, words, h, w), dense and sparse on one scale, as one IMAGE batch."""
+    size = map_size(tuple(maps.shape[-2:]), image)
+    behind = None if image is None else fitted(image, size)
+    pictures = []
+    for index, word in enumerate(words):
+        top = max(float(maps[:2, index].max()), 1e-12)
+        furthest = max(float(maps[2, index].abs().max()), 1e-12)
+        for kind, name in enumerate(KINDS):
+            low, high = (-furthest, furthest) if name == "extrapolated" else (0.0, top)
+            pictures.append(draw_map(maps[kind, index], f"{word.label}: {name}", low, high, size, behind))
+    return torch.stack(pictures)
+
+
+def table(names: list[str], figures: dict[str, list[float]], words: list[Word], title: str) -> str:
+    """The report as text: which tokens each word is, then a line per layer and their mean."""
+    lines = [title, ""]
+    lines += [f"{word.label}: tokens " + ", ".join(f"#{p}" for p in word.positions) for word in words]
+    lines += ["", *(f"{head}: {meaning}" for head, (_, meaning) in FIGURES.items()), ""]
+    lines.append(f"{'layer':<12}" + "".join(f"{head:>14}" for head in figures))
+    columns = list(figures.values())
+    rows = [*zip(names, zip(*columns, strict=True), strict=True)]
+    rows.append(("mean", tuple(sum(column) / len(column) for column in columns)))
+    lines += [f"{name:<12}" + "".join(f"{figure:>14.4g}" for figure in row) for name, row in rows]
+    return "\n".join(lines)

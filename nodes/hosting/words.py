@@ -1,0 +1,111 @@
+"""Which tokens of a prompt a word is: by position, or through the CLIP that encoded the prompt."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+POSITIONS = re.compile(r"#(\d+)(?:-#?(\d+))?")
+# encoders whose tokens come first where a model's context holds those of several (comfy/text_encoders/sd3_clip.py)
+FIRST = ("l", "g")
+
+
+class Word(NamedTuple):
+    """A label, and the positions in the prompt's context whose weights it is."""
+
+    label: str
+    positions: list[int]
+
+
+def find_words(entries: str, prompt: str, clip, tokens: int) -> list[Word]:
+    """`entries`: words, or positions such as #5 or #3-7, with commas or line breaks between; empty for every word of
+    the prompt. `tokens` is the length of the encoded prompt.
+
+    Raises:
+        ValueError: a word that the prompt does not have, a position that it does not have, no CLIP to find words with.
+    """
+    names = [name.strip() for name in re.split(r"[,\n]", entries) if name.strip()]
+    if not names:
+        names = list(dict.fromkeys(re.findall(r"\w[\w'-]*", re.sub(r":[\d.]+\)|embedding:\S+", " ", prompt))))
+    if not names:
+        raise ValueError("words is empty, and so is prompt: name words or token positions such as #1 or #2-4.")
+    return [Word(name, _positions(name, prompt, clip, tokens)) for name in names]
+
+
+def _positions(name: str, prompt: str, clip, tokens: int) -> list[int]:
+    numbers = POSITIONS.fullmatch(name)
+    if numbers is None:
+        return _occurrences(name, prompt, clip, tokens)
+    first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+    if not first <= last < tokens:
+        raise ValueError(f"words: {name!r} is not in this prompt, whose tokens are #0 to #{tokens - 1}.")
+    return list(range(first, last + 1))
+
+
+def _occurrences(name: str, prompt: str, clip, tokens: int) -> list[int]:
+    if clip is None:
+        raise ValueError(
+            f"words: to find {name!r}, connect clip and give prompt, the text that was encoded. Without them, name "
+            "token positions such as #1 or #2-4."
+        )
+    rows, empty = _rows(clip, prompt), _rows(clip, "")
+    found = set()
+    for key, offset in _offsets(rows, tokens).items():
+        # inside a text, byte-pair encoders know a word by the space in front of it
+        for spelling in (name, " " + name):
+            word = _inner(_rows(clip, spelling)[key], empty[key])
+            found |= {
+                start + i + offset
+                for start in range(len(rows[key]) - len(word) + 1)
+                if word and rows[key][start : start + len(word)] == word
+                for i in range(len(word))
+            }
+    found = sorted(position for position in found if 0 <= position < tokens)
+    if not found:
+        raise ValueError(
+            f"words: {name!r} is not in the prompt {prompt!r} as this CLIP splits it. Spell it as the prompt does, or "
+            f"name token positions, #0 to #{tokens - 1}."
+        )
+    return found
+
+
+def _rows(clip, text: str) -> dict[str, list]:
+    """The tokens of a text by encoder, over all of its chunks; vectors of textual inversions are None."""
+    return {
+        key: [entry[0] if isinstance(entry[0], int) else None for chunk in chunks for entry in chunk]
+        for key, chunks in clip.tokenize(text).items()
+    }
+
+
+def _offsets(rows: dict[str, list], tokens: int) -> dict[str, int]:
+    """Where each encoder's tokens begin in a context of `tokens`; only the encoders whose tokens are in it."""
+    same = {key: 0 for key, row in rows.items() if len(row) == tokens}
+    if same:
+        return same
+    lead = max((len(row) for key, row in rows.items() if key in FIRST), default=0)
+    rest = {key: row for key, row in rows.items() if key not in FIRST}
+    if any(lead + len(row) == tokens for row in rest.values()):
+        return {key: 0 if key in FIRST else lead for key in rows}
+    # a template in front of the prompt that the encoder drops: they end together
+    key = max(rest or rows, key=lambda key: len(rows[key]))
+    return {key: tokens - len(rows[key])}
+
+
+def _inner(row: list, empty: list) -> list:
+    """`row` without padding and without what an empty text has too: start, end, a template."""
+    if empty:
+        row, empty = (_without_trailing(tokens, empty[-1]) for tokens in (row, empty))
+    start = 0
+    while start < min(len(row), len(empty)) and row[start] == empty[start]:
+        start += 1
+    row, empty = row[start:], empty[start:]
+    while row and empty and row[-1] == empty[-1]:
+        row, empty = row[:-1], empty[:-1]
+    return row
+
+
+def _without_trailing(tokens: list, padding) -> list:
+    end = len(tokens)
+    while end and tokens[end - 1] == padding:
+        end -= 1
+    return tokens[:end]

@@ -1,0 +1,199 @@
+"""PLADIS Sweep: the same sampling at several scales and alphas, side by side.
+
+The host expands the node into one Apply PLADIS, one KSampler and one VAE Decode per cell, so that every cell shows its
+progress and is cached: a list that grows by one scale samples that one alone.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from comfy_api.latest import io
+from comfy_execution.graph_utils import GraphBuilder
+from typing_extensions import override
+
+from .hosting import samplers, schedulers
+from .inputs import SEARCH_ALIASES
+from .pictures import draw_grid
+
+MAX_CELLS = 64
+Cells = io.Custom("PLADIS_CELLS")
+
+
+class PLADISSweep(io.ComfyNode):
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PLADISSweep",
+            display_name="PLADIS Sweep",
+            category="model/patch",
+            description="Samples the same latent with the same seed at every scale and alpha of two lists, and draws "
+            "the pictures side by side. Finished cells stay cached: interrupt, change the lists, and only new cells "
+            "are sampled.",
+            search_aliases=[*SEARCH_ALIASES, "xy plot", "grid", "compare"],
+            # links, not values, go into the cells: the host's cache cannot compare models
+            inputs=[
+                io.Model.Input(
+                    "model", raw_link=True, tooltip="The model without Apply PLADIS: each cell applies its own."
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="The noise, the same in every cell.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of each cell."),
+                io.Float.Input(
+                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="Classifier-free guidance. 1 for guidance-distilled and few-step models. Going higher "
+                    "follows the prompt harder and burns colours.",
+                ),
+                io.Combo.Input("sampler_name", options=samplers(), tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=schedulers(), tooltip="As in KSampler."),
+                io.Conditioning.Input("positive", raw_link=True, tooltip="The encoded prompt."),
+                io.Conditioning.Input("negative", raw_link=True, tooltip="The encoded negative prompt."),
+                io.Latent.Input(
+                    "latent_image", raw_link=True, tooltip="The latent to denoise, the same in every cell."
+                ),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="Going lower keeps more of latent_image.",
+                ),
+                io.Vae.Input("vae", raw_link=True, tooltip="Decodes the cells for the grid."),
+                io.String.Input(
+                    "scales",
+                    default="0, 1, 2, 3",
+                    tooltip="Lambdas, with commas between; one column each. 0 is the baseline, without PLADIS.",
+                ),
+                io.String.Input("alphas", default="1.5", tooltip="From 1 to 2, with commas between; one row each."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latents", tooltip="All cells in one batch, row by row."),
+                io.Image.Output(
+                    display_name="grid",
+                    tooltip="The labelled pictures: one image, or one per picture of the batch and frame of a video.",
+                ),
+            ],
+            enable_expand=True,
+        )  # fmt: skip
+
+    @classmethod
+    @override
+    def execute(cls, model, vae, scales: str, alphas: str, **sampling) -> io.NodeOutput:
+        columns = numbers("scales", scales, 0.0, 10.0)
+        rows = numbers("alphas", alphas, 1.0, 2.0)
+        if len(columns) * len(rows) > MAX_CELLS:
+            raise ValueError(
+                f"{len(columns)} scales x {len(rows)} alphas are {len(columns) * len(rows)} cells, more than "
+                f"{MAX_CELLS}: shorten scales or alphas."
+            )
+        graph = GraphBuilder()
+        sampled, cells = {}, None
+        for alpha in rows:
+            for scale in columns:
+                settings, label = cell(scale, alpha, len(rows) > 1)
+                if settings not in sampled:
+                    sampled[settings] = sample(graph, model, vae, settings, sampling)
+                latent, image = sampled[settings]
+                link = {} if cells is None else {"before": cells}
+                cells = graph.node("PLADISSweepCell", latent=latent, image=image, label=label, **link).out(0)
+        grid = graph.node("PLADISSweepGrid", cells=cells, columns=len(columns))
+        return io.NodeOutput(grid.out(0), grid.out(1), expand=graph.finalize())
+
+
+def cell(scale: float, alpha: float, several_alphas: bool) -> tuple[tuple[float, float] | None, str]:
+    """(scale, alpha), or None for the baseline, which is the same in every row; and the cell's label."""
+    if scale == 0.0 or alpha == 1.0:
+        return None, "baseline (scale 0)" if scale == 0.0 else "baseline (alpha 1)"
+    return (scale, alpha), f"scale {scale:g}" + (f", alpha {alpha:g}" if several_alphas else "")
+
+
+def sample(graph: GraphBuilder, model, vae, settings: tuple[float, float] | None, sampling: dict):
+    """The nodes of one cell; the links to its latent and its image."""
+    if settings is not None:
+        scale, alpha = settings
+        apply = graph.node(
+            "PLADISApply", model=model, scale=scale, alpha=alpha, start_percent=0.0, end_percent=1.0
+        )
+        model = apply.out(0)
+    latent = graph.node("KSampler", model=model, **sampling).out(0)
+    return latent, graph.node("VAEDecode", samples=latent, vae=vae).out(0)
+
+
+def numbers(name: str, text: str, low: float, high: float) -> list[float]:
+    """A list of numbers with commas, semicolons or spaces between, without repetitions.
+
+    Raises:
+        ValueError: no number, not a number, or one outside [low, high].
+    """
+    found = []
+    for entry in re.split(r"[,;\s]+", text.strip(",; \n\t")):
+        try:
+            number = float(entry)
+        except ValueError:
+            raise ValueError(f"{name}: {entry!r} is not a number. Write numbers with commas between: 0, 1, 2") from None
+        if not low <= number <= high:
+            raise ValueError(f"{name}: {number:g} lies outside {low:g} to {high:g}.")
+        found.append(number)
+    return list(dict.fromkeys(found))
+
+
+class PLADISSweepCell(io.ComfyNode):
+    """Collects one cell of a sweep after those `before`. Made by PLADIS Sweep, not by people."""
+
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PLADISSweepCell",
+            display_name="PLADIS Sweep: cell",
+            category="model/patch",
+            description="A part of PLADIS Sweep, which makes it while it runs.",
+            search_aliases=SEARCH_ALIASES,
+            is_dev_only=True,
+            inputs=[
+                io.Latent.Input("latent", tooltip="The cell's latent."),
+                io.Image.Input("image", tooltip="The cell's picture."),
+                io.String.Input("label", tooltip="What stands over it."),
+                Cells.Input("before", optional=True, tooltip="The cells before it."),
+            ],
+            outputs=[Cells.Output(display_name="cells", tooltip="The cells up to this one.")],
+        )
+
+    @classmethod
+    @override
+    def execute(cls, latent, image: torch.Tensor, label: str, before: tuple = ()) -> io.NodeOutput:
+        return io.NodeOutput((*before, (latent, image, label)))
+
+
+class PLADISSweepGrid(io.ComfyNode):
+    """Puts the cells of a sweep together. Made by PLADIS Sweep, not by people."""
+
+    @classmethod
+    @override
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PLADISSweepGrid",
+            display_name="PLADIS Sweep: grid",
+            category="model/patch",
+            description="A part of PLADIS Sweep, which makes it while it runs.",
+            search_aliases=SEARCH_ALIASES,
+            is_dev_only=True,
+            inputs=[
+                Cells.Input("cells", tooltip="All cells, row by row."),
+                io.Int.Input("columns", default=1, min=1, tooltip="Cells in a row."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latents", tooltip="All cells in one batch."),
+                io.Image.Output(display_name="grid", tooltip="The labelled pictures."),
+            ],
+        )
+
+    @classmethod
+    @override
+    def execute(cls, cells: tuple, columns: int) -> io.NodeOutput:
+        latents, images, labels = zip(*cells, strict=True)
+        batch = {**latents[0], "samples": torch.cat([latent["samples"] for latent in latents])}
+        # of one cell
+        batch.pop("batch_index", None)
+        return io.NodeOutput(batch, draw_grid(images, labels, columns))

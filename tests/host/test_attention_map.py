@@ -1,0 +1,232 @@
+"""PLADIS Attention Map: the maps are the layers' weights, words are found, every family has maps."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import entmax
+import pytest
+import torch
+
+import families
+import nodes as host_nodes
+import tiny
+from pladis_pack.nodes.attention_map import PLADISAttentionMap
+from pladis_pack.nodes.hosting import Settings, text_layers
+from pladis_pack.nodes.hosting.attention_map import token_grid, watch_attention
+from pladis_pack.nodes.hosting.words import Word, find_words
+from tiny import apply
+
+DEFAULTS = {
+    "words": "#1, #3-4", "percent": 0.3, "scale": 2.0, "alpha": 1.5, "layers": "all", "blocks": "", "seed": 0,
+}  # fmt: skip
+
+
+def run(model, positive=tiny.POSITIVE, latent=None, **options):
+    latent = latent or {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))}
+    return PLADISAttentionMap.execute(model, positive, latent, **{**DEFAULTS, **options}).result
+
+
+def test_the_maps_are_the_weights_of_the_layer():
+    model = tiny.patcher("SD15")
+    (layer,) = [layer for layer in text_layers(model) if layer.key == ("input", 1, 0)]
+    latent = {"samples": torch.randn(1, 4, 8, 8)}
+    words = [Word("one", [1]), Word("two", [3, 4])]
+    settings = Settings(frozenset(text_layers(model)), 3.0, 1.5)
+    seen = watch_attention(model, tiny.POSITIVE, latent, 0.3, 0, settings, words, frozenset([layer]))
+
+    attention = model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn2
+    inputs = {}
+    handles = [
+        module.register_forward_hook(lambda module, args, out, name=name: inputs.update({name: out}))
+        for name, module in (("q", attention.to_q), ("k", attention.to_k))
+    ]
+    watch_attention(model, tiny.POSITIVE, latent, 0.3, 0, settings, words, frozenset([layer]))
+    for handle in handles:
+        handle.remove()
+    q, k = (inputs[name].unflatten(-1, (attention.heads, -1)).transpose(1, 2) for name in "qk")
+    scores = q @ k.mT * attention.dim_head**-0.5
+    dense, sparse = scores.softmax(-1), entmax.entmax15(scores, -1)
+    for kind, weights in zip(seen.maps(), (dense, sparse, 3 * sparse - 2 * dense), strict=True):
+        average = weights.mean((0, 1))
+        torch.testing.assert_close(kind[0], average[:, 1].unflatten(0, (8, 8)).float(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(kind[1], average[:, 3:5].sum(-1).unflatten(0, (8, 8)).float(), atol=1e-6, rtol=0)
+    (report,) = seen.reports[layer]
+    assert report.support == pytest.approx(float((sparse > 0).sum(-1).double().mean()))
+
+
+@pytest.mark.parametrize("name", families.BY_NAME)
+def test_every_family_has_maps(name):
+    family = families.BY_NAME[name]
+    try:
+        model = families.patcher(family)
+    except (AttributeError, ImportError) as error:
+        pytest.skip(f"this ComfyUI lacks it: {error}")
+    samples = families.noise(family, 1, 3)
+    maps, report, bars = run(model, families.prompt(family, 11), {"samples": samples}, words="#1, #2-3")
+    assert maps.shape[0] == 6
+    assert maps.isfinite().all()
+    # more than the frame is drawn: places differ in at least one map
+    assert max(float(m[20:-40].std()) for m in maps) > 0.01
+    figures = [line.split() for line in report.splitlines() if re.match(r"[dmub]\d+\.\d+", line)]
+    assert len(figures) == len(text_layers(model))
+    assert bars.shape[-1] == 3
+
+
+def test_a_picture_may_shine_through_and_layers_be_chosen():
+    model = tiny.patcher("SD15")
+    image = torch.rand(1, 300, 400, 3)
+    plain, _, _ = run(model)
+    over, report, _ = run(model, image=image, layers="custom", blocks="d0,m0")
+    assert plain.shape[1:] == (256 + 60, 256, 3)
+    assert over.shape[1:] == (300 + 60, 400, 3)
+    assert [line.split()[0] for line in report.splitlines() if re.match(r"[dmub]\d", line)] == ["d0.0", "m0.0"]
+
+
+def test_it_leaves_the_model_alone_and_replaces_its_settings():
+    model = apply(tiny.patcher("SD15"), scale=0.5)
+    expected = tiny.sample(model)
+    first = run(model)
+    assert torch.equal(tiny.sample(model), expected)
+    assert torch.equal(run(tiny.patcher("SD15"))[0], first[0])
+
+
+def test_scale_0_is_watched_too():
+    _, report, _ = run(tiny.patcher("SD15"), scale=0.0)
+    pruned, support, negative, ratio = (float(figure) for figure in report.splitlines()[-1].split()[1:])
+    assert pruned > 0.1 and support < 77
+    assert negative == 0.0
+    assert ratio == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("percent", (0.0, 1.0))
+def test_both_ends_of_the_schedule(percent):
+    assert run(tiny.patcher("SD15"), percent=percent)[0].isfinite().all()
+    family = families.BY_NAME["Flux.1"]
+    latent = {"samples": families.noise(family, 1, 3)}
+    assert run(families.patcher(family), families.prompt(family, 11), latent, percent=percent)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("count", "latent", "grid"),
+    (
+        (64, (8, 8), (1, 8, 8)),
+        (16, (8, 8), (1, 4, 4)),
+        (20, (9, 8), (1, 5, 4)),
+        (48, (3, 8, 8), (3, 4, 4)),
+        (64, (1, 16, 16), (1, 8, 8)),
+        (50, (50,), (1, 1, 50)),
+        (48, (2, 8, 8), (2, 4, 4)),
+        (51, (50,), (1, 1, 50)),
+        (12, (8, 8), None),
+    ),
+)
+def test_the_grid_of_a_transformers_tokens(count, latent, grid):
+    assert token_grid(count, latent) == grid
+
+
+class FakeClip:
+    """Splits words into tokens of up to four letters; `lay_out` puts them into rows as a model's tokenizer does."""
+
+    def __init__(self, **encoders):
+        self.encoders = encoders
+
+    def tokenize(self, text):
+        pieces = [hash(piece) % 10**6 + 100 for piece in re.findall(r" ?\w{1,4}", re.sub(r"[():.\d]", "", text))]
+        plain = [hash(piece) % 10**6 + 100 for piece in re.findall(r"\w{1,4}", re.sub(r"[():.\d]", "", text))]
+        return {
+            key: [[(token, 1.0) for token in lay_out(pieces if key == "qwen" else plain)]]
+            for key, lay_out in self.encoders.items()
+        }
+
+
+def clip_l(pieces):
+    return [1, *pieces, *[2] * (77 - 1 - len(pieces))]
+
+
+def clip_g(pieces):
+    return [1, *pieces, 2, *[0] * (77 - 2 - len(pieces))]
+
+
+def t5(length):
+    return lambda pieces: [*pieces, 1, *[0] * (length - 1 - len(pieces))]
+
+
+def template(pieces):
+    return [7, 8, 9, 10, *pieces, 11, 12]
+
+
+PROMPT = "a (red:1.3) umbrella and a cat"
+
+
+@pytest.mark.parametrize(
+    ("clip", "tokens", "umbrella"),
+    (
+        (FakeClip(l=clip_l), 77, [3, 4]),
+        (FakeClip(l=clip_l, g=clip_g), 77, [3, 4]),
+        (FakeClip(t5xxl=t5(256), l=clip_l), 256, [2, 3]),
+        (FakeClip(l=clip_l, g=clip_g, t5xxl=t5(77)), 154, [3, 4, 79, 80]),
+        (FakeClip(qwen=template), 9, [2, 3]),
+    ),
+    ids=("SD1.5", "SDXL", "Flux.1", "SD3", "a template in front"),
+)
+def test_words_of_several_tokens_are_found(clip, tokens, umbrella):
+    (word,) = find_words("umbrella", PROMPT, clip, tokens)
+    assert word.positions == umbrella
+    two, cat = find_words("red umbrella\n cat", PROMPT, clip, tokens)
+    assert two.positions == sorted({p - 1 for p in umbrella} | set(umbrella))
+    assert len(cat.positions) == len(umbrella) // 2
+
+
+def test_every_word_of_the_prompt_where_none_is_named():
+    words = find_words("", PROMPT, FakeClip(l=clip_l), 77)
+    assert [word.label for word in words] == ["a", "red", "umbrella", "and", "cat"]
+    assert words[0].positions == [1, 6]
+
+
+def test_positions_need_no_clip():
+    assert find_words("#0, #5-7", "", None, 77) == [Word("#0", [0]), Word("#5-7", [5, 6, 7])]
+
+
+@pytest.mark.parametrize(
+    ("entries", "prompt", "clip", "message"),
+    (
+        ("dog", PROMPT, FakeClip(l=clip_l), "'dog' is not in the prompt"),
+        ("cat", PROMPT, None, "connect clip"),
+        ("#77", "", None, "#0 to #76"),
+        ("#4-2", "", None, "'#4-2'"),
+        ("", "", None, "words is empty"),
+    ),
+)
+def test_what_cannot_be_found_is_named(entries, prompt, clip, message):
+    with pytest.raises(ValueError, match=message):
+        find_words(entries, prompt, clip, 77)
+
+
+def test_with_the_demo_models_own_clip():
+    from pladis_pack.nodes.demo_checkpoint import PLADISDemoCheckpoint
+
+    model, clip, vae = PLADISDemoCheckpoint.execute("standard").result
+    text = "a red circle left of a blue square"
+    (positive,) = host_nodes.CLIPTextEncode().encode(clip, text)
+    latent = {"samples": torch.randn(1, 4, 16, 16)}
+    maps, report, _ = run(model, positive, latent, words="red circle, blue", clip=clip, prompt=text)
+    assert maps.shape[0] == 6
+    assert "red circle: tokens #2, #3" in report
+    assert "blue: tokens #7" in report
+    with pytest.raises(ValueError, match="'triangle'"):
+        run(model, positive, latent, words="triangle", clip=clip, prompt=text)
+
+
+def test_a_real_tokenizer_with_weights(tmp_path):
+    """The host's own CLIP-L tokenizer, whose vocabulary ships with it."""
+    import comfy.sd1_clip
+
+    clip = SimpleNamespace(tokenize=comfy.sd1_clip.SD1Tokenizer().tokenize_with_weights)
+    prompt = "photo of a (crimson:1.2) hummingbird, best quality"
+    crimson, bird = find_words("crimson, hummingbird", prompt, clip, 77)
+    assert crimson.positions == [4]
+    assert bird.positions[0] == 5
+    (long,) = find_words("quality", "word " * 90 + "quality", clip, 154)
+    assert long.positions and long.positions[0] > 77
