@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from typing_extensions import override
 
-from .hosting import APPLY_TO, LAYER_CHOICES, Settings, apply_settings, choose_layers, text_layers
+from .hosting import APPLY_TO, LAYER_CHOICES, Settings, apply_settings, block_names, choose_layers, text_layers
 from .inputs import SEARCH_ALIASES, common_inputs, model_output
 
 
@@ -71,7 +71,8 @@ class PLADISApplyAdvanced(io.ComfyNode):
         apply_to: str,
         force_unknown: bool = False,
     ) -> io.NodeOutput:
-        chosen = choose_layers(layers, blocks, text_layers(model, force_unknown))
-        return io.NodeOutput(
-            apply_settings(model, Settings(chosen, scale, alpha, start_percent, end_percent, apply_to))
-        )
+        found = text_layers(model, force_unknown)
+        chosen = choose_layers(layers, blocks, found)
+        patched = apply_settings(model, Settings(chosen, scale, alpha, start_percent, end_percent, apply_to))
+        # for the picker of blocks in web/
+        return io.NodeOutput(patched, ui={"pladis_blocks": block_names(found)})

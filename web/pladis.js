@@ -1,0 +1,105 @@
+// What the Apply nodes show besides their inputs: a plot of the weights and a picker of blocks. Display only: what a
+// workflow saves and what runs are the inputs alone.
+
+import { app } from "../../scripts/app.js";
+import { blocksAt, reportBlocks } from "./pladis_models.js";
+import { blockPicker } from "./pladis_picker.js";
+import { weightsPlot } from "./pladis_plot.js";
+
+const PLOT_HEIGHT = 120;
+const LEAST_WIDTH = 320;
+
+app.registerExtension({
+  name: "pladis.panels",
+  nodeCreated(node) {
+    if (!["PLADISApply", "PLADISApplyAdvanced"].includes(node.comfyClass)) return;
+    // last, so that the widgets that a workflow saves keep their places
+    if (node.comfyClass === "PLADISApplyAdvanced") addPicker(node);
+    addPlot(node);
+    node.setSize([Math.max(node.size[0], LEAST_WIDTH), node.computeSize()[1]]);
+  },
+});
+
+function addPlot(node) {
+  const plot = weightsPlot();
+  addPanel(node, "pladis_plot", plot.root, { getMinHeight: () => PLOT_HEIGHT });
+  plot.root.style.setProperty("min-height", `${PLOT_HEIGHT}px`);
+  follow(node, () => ({ scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha") }), plot.draw);
+}
+
+function addPicker(node) {
+  const picker = blockPicker((text) => {
+    // one step for undo
+    node.graph.beforeChange();
+    setValue(node, "blocks", text);
+    setValue(node, "layers", "custom");
+    node.graph.afterChange();
+  });
+  let height = 60;
+  addPanel(node, "pladis_blocks", picker.root, { getMinHeight: () => height, getMaxHeight: () => height });
+  new ResizeObserver(() => {
+    // 0 while it is not on screen
+    if (!picker.content.offsetHeight) return;
+    height = picker.content.offsetHeight + 12;
+    picker.root.style.setProperty("min-height", `${height}px`);
+    node.expandToFitContent();
+  }).observe(picker.content);
+  follow(node, () => {
+    const linked = node.isInputConnected(node.findInputSlot("blocks"));
+    return { text: valueOf(node, "blocks"), layers: valueOf(node, "layers"), linked, ...blocksAt(node) };
+  }, picker.draw);
+  chain(node, "onExecuted", (output) => output?.pladis_blocks && reportBlocks(node, output.pladis_blocks));
+}
+
+function addPanel(node, name, root, options) {
+  // a type of its own: of a type that core knows, Nodes 2.0 would draw its own component
+  const widget = node.addDOMWidget(name, name.toUpperCase(), root, { serialize: false, hideOnZoom: false, ...options });
+  // of the workflow; the option is for the prompt
+  widget.serialize = false;
+}
+
+const followed = new Map();
+
+/**
+ * Calls `draw` with what `read` returns whenever it differs, while the node is in a graph.
+ *
+ * A widget's value changes by hand, by undo, by a loaded workflow, by other packs and by links further up, with no event
+ * that covers all of them in both renderers; a look per frame does.
+ */
+function follow(node, read, draw) {
+  let drawn;
+  const look = () => {
+    const state = JSON.stringify(read());
+    if (state !== drawn) draw(JSON.parse(state));
+    drawn = state;
+  };
+  chain(node, "onAdded", () => {
+    if (!followed.size) requestAnimationFrame(lookAtAll);
+    followed.set(draw, look);
+  });
+  chain(node, "onRemoved", () => followed.delete(draw));
+}
+
+function lookAtAll() {
+  followed.forEach((look) => look());
+  if (followed.size) requestAnimationFrame(lookAtAll);
+}
+
+function chain(node, name, after) {
+  const before = node[name];
+  node[name] = function (...values) {
+    const result = before?.apply(this, values);
+    after(...values);
+    return result;
+  };
+}
+
+function valueOf(node, name) {
+  return node.widgets.find((widget) => widget.name === name).value;
+}
+
+function setValue(node, name, value) {
+  const widget = node.widgets.find((widget) => widget.name === name);
+  widget.value = value;
+  widget.callback?.(value);
+}
