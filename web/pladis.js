@@ -30,10 +30,10 @@ function addPlot(node) {
 function addPicker(node) {
   const picker = blockPicker((text) => {
     // one step for undo
-    node.graph.beforeChange();
+    app.canvas.emitBeforeChange();
     setValue(node, "blocks", text);
     setValue(node, "layers", "custom");
-    node.graph.afterChange();
+    app.canvas.emitAfterChange();
   });
   let height = 60;
   addPanel(node, "pladis_blocks", picker.root, { getMinHeight: () => height, getMaxHeight: () => height });
@@ -43,6 +43,7 @@ function addPicker(node) {
     height = picker.content.offsetHeight + 12;
     picker.root.style.setProperty("min-height", `${height}px`);
     node.expandToFitContent();
+    node.setDirtyCanvas(true, true);
   }).observe(picker.content);
   follow(node, () => {
     const linked = node.isInputConnected(node.findInputSlot("blocks"));
@@ -53,7 +54,13 @@ function addPicker(node) {
 
 function addPanel(node, name, root, options) {
   // a type of its own: of a type that core knows, Nodes 2.0 would draw its own component
-  const widget = node.addDOMWidget(name, name.toUpperCase(), root, { serialize: false, hideOnZoom: false, ...options });
+  const widget = node.addDOMWidget(name, name.toUpperCase(), root, {
+    serialize: false,
+    hideOnZoom: false,
+    // a side panel would take the element out of the node
+    hideInPanel: true,
+    ...options,
+  });
   // of the workflow; the option is for the prompt
   widget.serialize = false;
 }
