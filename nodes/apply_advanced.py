@@ -55,6 +55,8 @@ class PLADISApplyAdvanced(io.ComfyNode):
                 ),
             ],
             outputs=[model_output()],
+            # what it reports for the picker in web/ comes from the host's cache too
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -74,5 +76,4 @@ class PLADISApplyAdvanced(io.ComfyNode):
         found = text_layers(model, force_unknown)
         chosen = choose_layers(layers, blocks, found)
         patched = apply_settings(model, Settings(chosen, scale, alpha, start_percent, end_percent, apply_to))
-        # for the picker of blocks in web/
         return io.NodeOutput(patched, ui={"pladis_blocks": block_names(found)})

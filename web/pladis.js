@@ -22,9 +22,9 @@ app.registerExtension({
 
 function addPlot(node) {
   const plot = weightsPlot();
-  addPanel(node, "pladis_plot", plot.root, { getMinHeight: () => PLOT_HEIGHT });
   plot.root.style.setProperty("min-height", `${PLOT_HEIGHT}px`);
-  follow(node, () => ({ scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha") }), plot.draw);
+  addPanel(node, "pladis_plot", plot.root, { getMinHeight: () => PLOT_HEIGHT });
+  follow(node, plot, () => ({ scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha") }));
 }
 
 function addPicker(node) {
@@ -45,15 +45,16 @@ function addPicker(node) {
     node.expandToFitContent();
     node.setDirtyCanvas(true, true);
   }).observe(picker.content);
-  follow(node, () => {
+  follow(node, picker, () => {
     const linked = node.isInputConnected(node.findInputSlot("blocks"));
     return { text: valueOf(node, "blocks"), layers: valueOf(node, "layers"), linked, ...blocksAt(node) };
-  }, picker.draw);
+  });
   chain(node, "onExecuted", (output) => output?.pladis_blocks && reportBlocks(node, output.pladis_blocks));
 }
 
 function addPanel(node, name, root, options) {
   // a type of its own: of a type that core knows, Nodes 2.0 would draw its own component
+  root.dataset.panel = name;
   const widget = node.addDOMWidget(name, name.toUpperCase(), root, {
     serialize: false,
     hideOnZoom: false,
@@ -66,30 +67,40 @@ function addPanel(node, name, root, options) {
 }
 
 const followed = new Map();
+let frame = 0;
 
 /**
- * Calls `draw` with what `read` returns whenever it differs, while the node is in a graph.
+ * Draws into a panel what `read` returns whenever it differs, while the node is in a graph.
  *
  * A widget's value changes by hand, by undo, by a loaded workflow, by other packs and by links further up, with no event
  * that covers all of them in both renderers; a look per frame does.
  */
-function follow(node, read, draw) {
+function follow(node, { root, draw }, read) {
   let drawn;
   const look = () => {
     const state = JSON.stringify(read());
-    if (state !== drawn) draw(JSON.parse(state));
+    if (state === drawn) return;
+    if (!drawn) takePlace(node, root);
     drawn = state;
+    draw(JSON.parse(state));
   };
   chain(node, "onAdded", () => {
-    if (!followed.size) requestAnimationFrame(lookAtAll);
-    followed.set(draw, look);
+    followed.set(root, look);
+    frame ||= requestAnimationFrame(lookAtAll);
   });
-  chain(node, "onRemoved", () => followed.delete(draw));
+  chain(node, "onRemoved", () => followed.delete(root));
+}
+
+/** Undo makes a node anew, but Nodes 2.0 goes on showing the element of the node that was there before. */
+function takePlace(node, root) {
+  const place = `${root.dataset.panel} ${node.graph.id} ${node.id}`;
+  if (!root.isConnected) document.querySelector(`[data-place="${CSS.escape(place)}"]`)?.replaceWith(root);
+  root.dataset.place = place;
 }
 
 function lookAtAll() {
   followed.forEach((look) => look());
-  if (followed.size) requestAnimationFrame(lookAtAll);
+  frame = followed.size && requestAnimationFrame(lookAtAll);
 }
 
 function chain(node, name, after) {

@@ -14,6 +14,7 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import conftest  # noqa: E402, F401
+
 import tiny  # noqa: E402
 from pladis_pack.nodes.hosting import block_names, choose_layers, text_layers  # noqa: E402
 from pladis_pack.nodes.hosting.demo_model import load_demo_model  # noqa: E402

@@ -29,7 +29,8 @@ CALL = """async ([row, scale, alpha]) => {
 @pytest.mark.parametrize("row", ROWS)
 def test_weights_are_those_of_pladis_core(modules, row, alpha):
     for scale in (0.0, 0.35, 2.0, 10.0):
-        scores, *found = (torch.tensor(v, dtype=torch.float64) for v in modules.evaluate(CALL, [ROWS[row], scale, alpha]))
+        answer = modules.evaluate(CALL, [ROWS[row], scale, alpha])
+        scores, *found = (torch.tensor(values, dtype=torch.float64) for values in answer)
         expected = scores.softmax(-1), entmax(scores, alpha), pladis_weights(scores, scale, alpha)
         for weights, reference in zip(found, expected, strict=True):
             torch.testing.assert_close(weights, reference, rtol=0, atol=1e-6)
