@@ -3,11 +3,15 @@
 
 import { app } from "../../scripts/app.js";
 import { blocksAt, reportBlocks } from "./pladis_models.js";
-import { blockPicker } from "./pladis_picker.js";
+import { blockPicker, PICKER_PADDING } from "./pladis_picker.js";
 import { weightsPlot } from "./pladis_plot.js";
 
-const PLOT_HEIGHT = 120;
+const PLOT_HEIGHT = 115;
+// a long list of blocks scrolls
+const MOST_PICKER_HEIGHT = 240;
 const LEAST_WIDTH = 320;
+// around a panel, on the classic canvas
+const MARGIN = 8;
 
 app.registerExtension({
   name: "pladis.panels",
@@ -22,8 +26,8 @@ app.registerExtension({
 
 function addPlot(node) {
   const plot = weightsPlot();
-  plot.root.style.setProperty("min-height", `${PLOT_HEIGHT}px`);
-  addPanel(node, "pladis_plot", plot.root, { getMinHeight: () => PLOT_HEIGHT });
+  plot.root.style.minHeight = `${PLOT_HEIGHT}px`;
+  addPanel(node, "pladis_plot", plot.root, { getMinHeight: () => PLOT_HEIGHT + 2 * MARGIN });
   follow(node, plot, () => ({ scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha") }));
 }
 
@@ -36,12 +40,13 @@ function addPicker(node) {
     app.canvas.emitAfterChange();
   });
   let height = 60;
-  addPanel(node, "pladis_blocks", picker.root, { getMinHeight: () => height, getMaxHeight: () => height });
+  const room = () => height + 2 * MARGIN;
+  addPanel(node, "pladis_blocks", picker.root, { getMinHeight: room, getMaxHeight: room });
   new ResizeObserver(() => {
     // 0 while it is not on screen
     if (!picker.content.offsetHeight) return;
-    height = picker.content.offsetHeight + 12;
-    picker.root.style.setProperty("min-height", `${height}px`);
+    height = Math.min(picker.content.offsetHeight + PICKER_PADDING, MOST_PICKER_HEIGHT);
+    picker.root.style.minHeight = picker.root.style.maxHeight = `${height}px`;
     node.expandToFitContent();
     node.setDirtyCanvas(true, true);
   }).observe(picker.content);
@@ -60,6 +65,7 @@ function addPanel(node, name, root, options) {
     hideOnZoom: false,
     // a side panel would take the element out of the node
     hideInPanel: true,
+    margin: MARGIN,
     ...options,
   });
   // of the workflow; the option is for the prompt

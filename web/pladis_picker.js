@@ -4,9 +4,12 @@ import { emptyLayout, keysOf, layoutNamedBy, readBlocks, writeBlocks } from "./p
 
 const ROWS = { d: "Down", m: "Middle", u: "Up", b: "Blocks" };
 
+// above and below the content
+export const PICKER_PADDING = 12;
+
 const STYLE = `
   :host { display: block; height: 100%; box-sizing: border-box; overflow-y: auto; scrollbar-width: thin;
-    padding: 6px 8px; border-radius: 6px; background: var(--comfy-input-bg); color: var(--descrip-text);
+    padding: ${PICKER_PADDING / 2}px 8px; border-radius: 6px; background: var(--comfy-input-bg); color: var(--descrip-text);
     font: 11px/1.3 system-ui, sans-serif; user-select: none; }
   .off { opacity: 0.4; pointer-events: none; }
   .idle { opacity: 0.6; }
@@ -52,10 +55,12 @@ export function blockPicker(edit) {
   function draw(state) {
     const layout = layoutOf(state);
     const { chosen, wrong } = readBlocks(state.text, layout);
-    current = { layout, chosen, wrong };
+    const everything = Object.entries(layout)
+      .flatMap(([prefix, depths]) => depths.flatMap((depth, number) => keysOf(prefix, number, depth)));
+    current = { layout, everything, chosen, wrong };
     const focused = shadow.activeElement?.dataset.keys;
     content.className = state.linked ? "content off" : state.layers === "custom" ? "content" : "content idle";
-    content.replaceChildren(...rows(layout, chosen), foot(layout, hint(state, current)));
+    content.replaceChildren(...rows(layout, chosen), foot(everything, hint(state, current)));
     if (focused) content.querySelector(`[data-keys="${focused}"]`)?.focus();
   }
 
@@ -92,9 +97,7 @@ function toggle(keys, chosen, className, textContent, title) {
   return button;
 }
 
-function foot(layout, { text, wrong }) {
-  const everything = Object.entries(layout)
-    .flatMap(([prefix, depths]) => depths.flatMap((depth, number) => keysOf(prefix, number, depth)));
+function foot(everything, { text, wrong }) {
   const buttons = everything.length ? ["all", "none"].map((set) => {
     const button = element("button", { textContent: set });
     Object.assign(button.dataset, { keys: everything.join(" "), set });
@@ -104,11 +107,12 @@ function foot(layout, { text, wrong }) {
     element("span", { className: wrong ? "wrong" : "", textContent: text }), ...buttons);
 }
 
-function hint({ text, layers, linked, blocks, origin }, { chosen, wrong }) {
+function hint({ layers, linked, origin }, { everything, chosen, wrong }) {
   if (linked) return { text: "The list comes from a link." };
   if (wrong.length) return { text: `${wrong.map(({ problem }) => problem).join("; ")}.`, wrong: true };
+  if (!everything.length) return { text: origin };
   if (layers !== "custom") return { text: `Not used: layers is ${layers}. A click on a block sets it to custom.` };
-  if (!text.trim()) return { text: blocks ? "Choose at least one block." : origin, wrong: Boolean(blocks) };
+  if (!chosen.size) return { text: "Choose at least one block.", wrong: true };
   return { text: origin };
 }
 
