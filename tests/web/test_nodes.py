@@ -235,7 +235,7 @@ def test_the_panels_lie_inside_their_nodes_one_below_the_other(page):
         boxes = [element.bounding_box() for element in found]
         assert all(inside(box, node_box(page, node)) for box in boxes), (boxes, node_box(page, node))
         assert all(upper["y"] + upper["height"] <= lower["y"] + 1 for upper, lower in pairwise(boxes))
-        assert all(box["width"] > 250 and box["height"] > 30 for box in boxes)
+        assert all(box["width"] > 250 and box["height"] > 20 for box in boxes)
         assert boxes[-1]["height"] >= 100
     if "PLADIS_SCREENSHOTS" in os.environ:
         set_value(page, ADVANCED, layers="custom", blocks="d1,u0-2", scale=3)
