@@ -5,7 +5,16 @@ from __future__ import annotations
 from comfy_api.latest import io
 from typing_extensions import override
 
-from .hosting import APPLY_TO, LAYER_CHOICES, SCHEDULES, Settings, apply_settings, choose_layers, text_layers
+from .hosting import (
+    APPLY_TO,
+    LAYER_CHOICES,
+    SCHEDULES,
+    Settings,
+    apply_settings,
+    block_names,
+    choose_layers,
+    text_layers,
+)
 from .inputs import SEARCH_ALIASES, common_inputs, model_output
 
 
@@ -88,6 +97,8 @@ class PLADISApplyAdvanced(io.ComfyNode):
                 ),
             ],
             outputs=[model_output()],
+            # what it reports for the picker in web/ comes from the host's cache too
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -107,8 +118,9 @@ class PLADISApplyAdvanced(io.ComfyNode):
         end_scale: float = 0.0,
         norm_cap: float = 0.0,
     ) -> io.NodeOutput:
-        chosen = choose_layers(layers, blocks, text_layers(model, force_unknown))
+        found = text_layers(model, force_unknown)
         settings = Settings(
-            chosen, scale, alpha, start_percent, end_percent, apply_to, scale_schedule, end_scale, norm_cap
-        )
-        return io.NodeOutput(apply_settings(model, settings))
+            choose_layers(layers, blocks, found), scale, alpha, start_percent, end_percent, apply_to, scale_schedule,
+            end_scale, norm_cap,
+        )  # fmt: skip
+        return io.NodeOutput(apply_settings(model, settings), ui={"pladis_blocks": block_names(found)})

@@ -1,4 +1,5 @@
-"""Runs every file of tests/host in the Python of a real ComfyUI: the newest that is supported, and the oldest.
+"""Runs every file of tests/host in the Python of a real ComfyUI: the newest that is supported, and the oldest; and the
+browser's tests, in this Python, on a server of each.
 
 The newest is looked for at $COMFYUI_PATH, else ~/comfy/ComfyUI; the oldest at $COMFYUI_PATH_OLDEST, else
 ~/comfy/ComfyUI-0.20.0. Its Python is $COMFYUI_PYTHON (for the newest), else the `.venv` inside the checkout.
@@ -26,6 +27,7 @@ import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 FILES = sorted((ROOT / "tests" / "host").glob("test_*.py"))
+WEB = ROOT / "tests" / "web" / "test_nodes.py"
 
 
 def host_path(host: str) -> Path:
@@ -51,8 +53,20 @@ def host_python(host: str, path: Path) -> str:
 def test_host(host, file, record_property):
     path = host_path(host)
     ours = "\n".join(p for p in sys.path if "site-packages" in p)
+    run([host_python(host, path), "-c", BOOTSTRAP, ours], host, path, file, record_property)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_web(host, record_property):
+    """In one process, so that workers share no file's tests and start no second server."""
+    output = run([sys.executable, "-m", "pytest"], host, host_path(host), WEB, record_property)
+    if "no browser" in output:
+        pytest.skip("no browser: python -m playwright install chromium")
+
+
+def run(pytest_command: list[str], host: str, path: Path, file: Path, record_property) -> str:
     result = subprocess.run(
-        [host_python(host, path), "-c", BOOTSTRAP, ours, "-q", "-p", "no:cacheprovider", str(file)],
+        [*pytest_command, "-q", "-p", "no:cacheprovider", str(file)],
         env={**os.environ, "COMFYUI_PATH": str(path), "PLADIS_HOST": host},
         cwd=path,
         capture_output=True,
@@ -60,3 +74,4 @@ def test_host(host, file, record_property):
     )
     assert result.returncode == 0, f"{result.stdout[-8000:]}\n{result.stderr[-4000:]}"
     record_property("host", f"{host} ComfyUI, {file.name}: {result.stdout.strip().splitlines()[-1].strip('= ')}")
+    return result.stdout

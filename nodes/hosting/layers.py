@@ -13,7 +13,7 @@ from .families import UNET, UNSUPPORTED, Family, find_family
 
 LAYER_CHOICES = ("all", "down + up", "custom")
 PREFIXES = {"d": "input", "m": "middle", "u": "output", "b": "block"}
-ENTRY = re.compile(r"([dmub])(\d+)(?:-\1?(\d+))?(?:\.(\d+)(?:-(\d+))?)?")
+ENTRY = re.compile(r"([dmub])(\d+)(?:-\1?(\d+))?(?:\.(\d+)(?:-(\d+))?)?", re.ASCII)
 # by shape instead of by module, in a network that is not in the table
 BY_SHAPE = "by shape"
 
@@ -173,8 +173,8 @@ def _group(part: str, layers: tuple[Layer, ...]) -> list[list[Layer]]:
     return list(by_number.values())
 
 
-def describe_blocks(layers: tuple[Layer, ...]) -> str:
-    """The blocks of a model in the spelling of the block list, for error messages."""
+def block_names(layers: tuple[Layer, ...]) -> list[str]:
+    """The blocks of a model in the spelling of the block list."""
     names = []
     for prefix, part in PREFIXES.items():
         depths = [max(layer.index for layer in group) for group in _group(part, layers)]
@@ -184,4 +184,9 @@ def describe_blocks(layers: tuple[Layer, ...]) -> str:
             continue
         for ordinal, depth in enumerate(depths):
             names.append(f"{prefix}{ordinal}.0" + (f"-{depth}" if depth else ""))
-    return f"This model has {', '.join(names)}."
+    return names
+
+
+def describe_blocks(layers: tuple[Layer, ...]) -> str:
+    """For error messages."""
+    return f"This model has {', '.join(block_names(layers))}."

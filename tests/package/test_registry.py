@@ -83,7 +83,7 @@ def test_comfy_validates_the_pack(comfy):
 
 def test_the_zip_holds_what_runs(zipped):
     assert {"__init__.py", "pyproject.toml", "LICENSE", "README.md"} <= zipped
-    for folder in ("nodes", "pladis_core", "demo"):
+    for folder in ("nodes", "pladis_core", "demo", "web"):
         expected = {name for name in pack_files() if name.startswith(f"{folder}/")}
         expected -= {name for name in expected if name.startswith("demo/train")}
         assert expected and expected <= zipped

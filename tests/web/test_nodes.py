@@ -1,0 +1,409 @@
+"""What the Apply nodes show in a real browser, in both renderers of ComfyUI. test_hosts.py starts it for every host."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from playwright.sync_api import Locator, Page, expect
+from test_hosts import host_python
+
+from comfy_server import PACK_FOLDER, Server
+from pladis_core import entmax, pladis_weights
+
+RENDERERS = {"classic": False, "nodes-2": True}
+SCREENSHOTS = Path(__file__).parents[2] / "docs" / "screenshots"
+DEMO, BASIC, ADVANCED, CHECKPOINT, UNKNOWN = 1, 2, 3, 4, 5
+BLOCKS = ["d0", "d1", "m0", "u0", "u1", "u2", "u3"]
+VALUES = {BASIC: [2, 1.5, 0, 1], ADVANCED: [2, 1.5, 0, 1, "all", "", "both", False]}
+# node id: class, position, values, {input: [node, output]}
+PANELS = {
+    DEMO: ("PLADISDemoCheckpoint", (80, 130), {}, {}),
+    BASIC: ("PLADISApply", (440, 130), {}, {"model": (DEMO, 0)}),
+    ADVANCED: ("PLADISApplyAdvanced", (820, 130), {}, {"model": (BASIC, 0)}),
+    CHECKPOINT: ("CheckpointLoaderSimple", (80, 500), {}, {}),
+    UNKNOWN: ("PLADISApplyAdvanced", (1200, 130), {}, {"model": (CHECKPOINT, 0)}),
+}
+# Text to image
+SAMPLING = {
+    DEMO: ("PLADISDemoCheckpoint", (80, 130), {}, {}),
+    10: ("CLIPTextEncode", (80, 320), {"text": "a red circle left of a blue square"}, {"clip": (DEMO, 1)}),
+    11: ("CLIPTextEncode", (80, 560), {"text": ""}, {"clip": (DEMO, 1)}),
+    12: ("EmptyLatentImage", (440, 760), {"width": 64, "height": 64}, {}),
+    ADVANCED: ("PLADISApplyAdvanced", (440, 130), {}, {"model": (DEMO, 0)}),
+    13: (
+        "KSampler", (820, 130), {"seed": 1, "steps": 20, "cfg": 3, "sampler_name": "euler", "scheduler": "simple"},
+        {"model": (ADVANCED, 0), "positive": (10, 0), "negative": (11, 0), "latent_image": (12, 0)},
+    ),
+    14: ("VAEDecode", (820, 560), {}, {"samples": (13, 0), "vae": (DEMO, 2)}),
+    15: ("SaveImage", (1200, 130), {"filename_prefix": "pladis"}, {"images": (14, 0)}),
+}  # fmt: skip
+BUILD = """async (nodes) => {
+    app.graph.clear();
+    const made = {};
+    for (const [id, [type, pos, values]] of Object.entries(nodes)) {
+        const node = made[id] = LiteGraph.createNode(type);
+        [node.id, node.pos] = [Number(id), pos];
+        app.graph.add(node);
+        for (const [name, value] of Object.entries(values)) node.widgets.find((w) => w.name === name).value = value;
+    }
+    for (const [id, [, , , links]] of Object.entries(nodes))
+        for (const [name, [from, slot]] of Object.entries(links))
+            made[from].connect(slot, made[id], made[id].findInputSlot(name));
+    // as a file that is opened: where undo starts from
+    await app.loadGraphData(JSON.parse(JSON.stringify(app.graph.serialize())));
+    app.canvas.ds.scale = 1;
+    app.canvas.ds.offset = [0, 0];
+    app.canvas.setDirty(true, true);
+}"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    host = Path(os.environ["COMFYUI_PATH"])
+    python = host_python(os.environ["PLADIS_HOST"], host)
+    with Server(python, host, tmp_path_factory.mktemp("comfyui")) as running:
+        # a new user's dialog would be in the way
+        setting(running, "Comfy.TutorialCompleted", True)
+        yield running
+
+
+def setting(server: Server, name: str, value) -> None:
+    server.get(f"/settings/{name}", json.dumps(value).encode())
+
+
+@pytest.fixture(scope="module", params=RENDERERS)
+def opened(request, server, browser) -> Page:
+    """ComfyUI's page in one of its renderers."""
+    setting(server, "Comfy.VueNodes.Enabled", RENDERERS[request.param])
+    page = browser.new_page(viewport={"width": 1600, "height": 960})
+    page.set_default_timeout(20_000)
+    page.renderer, page.errors = request.param, []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("console", lambda message: page.errors.extend(re.findall(".*already registered.*", message.text)))
+    page.goto(server.url)
+    page.wait_for_function("window.app?.extensions?.some(({ name }) => name === 'pladis.panels')")
+    page.wait_for_function("app.graph && app.extensionManager && 'PLADISApply' in LiteGraph.registered_node_types")
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def page(opened) -> Page:
+    """With every Apply node, before and after a loader that the pack knows and one that it does not."""
+    opened.errors.clear()
+    opened.evaluate(BUILD, PANELS)
+    expect(plot(opened, BASIC).locator("rect.dense")).to_have_count(12)
+    yield opened
+    assert opened.errors == []
+
+
+def panel(page: Page, node: int, name: str) -> Locator:
+    """The element of a node's panel, which undo and loading make anew."""
+    mark = f"{name}-{node}"
+    page.evaluate(
+        """([id, name, mark]) => {
+            document.getElementById(mark)?.removeAttribute("id");
+            app.graph.getNodeById(id).widgets.find((widget) => widget.name === name).element.id = mark;
+        }""",
+        [node, name, mark],
+    )
+    return page.locator(f"#{mark}")
+
+
+def plot(page: Page, node: int) -> Locator:
+    return panel(page, node, "pladis_plot")
+
+
+def picker(page: Page, node: int) -> Locator:
+    return panel(page, node, "pladis_blocks")
+
+
+def chip(page: Page, node: int, title: str) -> Locator:
+    return picker(page, node).get_by_title(title, exact=True)
+
+
+def pressed(page: Page, node: int) -> list[str]:
+    """The blocks and, in blocks of several layers, the layers that show as chosen."""
+    return picker(page, node).locator("button[aria-pressed='true']").evaluate_all("found => found.map(b => b.title)")
+
+
+def set_value(page: Page, node: int, **values) -> None:
+    page.evaluate(
+        """([id, values]) => app.graph.getNodeById(id).widgets.forEach((widget) => {
+            if (widget.name in values) widget.value = values[widget.name];
+        })""",
+        [node, values],
+    )
+    settle(page)
+
+
+def value(page: Page, node: int, name: str):
+    return page.evaluate(
+        "([id, name]) => app.graph.getNodeById(id).widgets.find((widget) => widget.name === name).value", [node, name]
+    )
+
+
+def settle(page: Page) -> None:
+    """Two frames: in one of them the panels look at their node."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def plotted(page: Page, node: int) -> dict[str, torch.Tensor]:
+    """The weights that the shapes of a plot stand for."""
+    return {
+        kind: torch.tensor(found, dtype=torch.float64)
+        for kind, found in plot(page, node).evaluate("""(root) => {
+            const all = (selector, read) => [...root.shadowRoot.querySelectorAll(selector)].map(read);
+            const number = (shape, name) => Number(shape.getAttribute(name));
+            const bar = (shape) => number(shape, "y") < 0 ? -number(shape, "y") : -number(shape, "height");
+            return {
+                dense: all("rect.dense", bar),
+                sparse: all("line.sparse", (line) => -number(line, "y1")),
+                mixed: all("rect.mixed", bar),
+            };
+        }""").items()
+    }
+
+
+def assert_plotted(page: Page, node: int, scale: float, alpha: float) -> None:
+    scores = page.evaluate(f"async () => (await import('/extensions/{PACK_FOLDER}/pladis_plot.js')).SCORES")
+    scores = torch.tensor(scores, dtype=torch.float64)
+    mixed = pladis_weights(scores, scale, alpha)
+    found = plotted(page, node)
+    for kind, weights in {"dense": scores.softmax(-1), "sparse": entmax(scores, alpha), "mixed": mixed}.items():
+        torch.testing.assert_close(found[kind], weights, rtol=0, atol=1e-6, msg=kind)
+
+
+def saved(page: Page) -> dict:
+    return page.evaluate("JSON.parse(JSON.stringify(app.graph.serialize()))")
+
+
+def drag_scale(page: Page, node: int) -> None:
+    """Takes hold of the scale widget, and moves without letting go."""
+    if page.renderer == "classic":
+        x, y = page.evaluate(
+            """(id) => {
+                const node = app.graph.getNodeById(id);
+                const { top, left } = app.canvas.canvas.getBoundingClientRect();
+                const y = node.widgets.find(({ name }) => name === "scale").last_y + 12;
+                return [left + node.pos[0] + node.size[0] / 2, top + node.pos[1] + y];
+            }""",
+            node,
+        )
+    else:
+        box = page.locator(f"[data-node-id='{node}'] input[inputmode='decimal']").first.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for step in range(1, 6):
+        page.mouse.move(x + 20 * step, y)
+
+
+def inside(inner: dict, outer: dict) -> bool:
+    """Within a pixel."""
+    return all(
+        inner[start] >= outer[start] - 1 and inner[start] + inner[size] <= outer[start] + outer[size] + 1
+        for start, size in (("x", "width"), ("y", "height"))
+    )
+
+
+def node_box(page: Page, node: int) -> dict:
+    if page.renderer == "nodes-2":
+        return page.locator(f"[data-node-id='{node}']").bounding_box()
+    return page.evaluate(
+        """(id) => {
+            const { pos: [x, y], size: [width, height] } = app.graph.getNodeById(id);
+            const { top, left } = app.canvas.canvas.getBoundingClientRect();
+            return { x: left + x, y: top + y, width, height };
+        }""",
+        node,
+    )
+
+
+def test_the_panels_lie_inside_their_nodes_one_below_the_other(page):
+    for node, panels in {BASIC: [plot], ADVANCED: [picker, plot], UNKNOWN: [picker, plot]}.items():
+        found = [at(page, node) for at in panels]
+        for element in found:
+            expect(element).to_be_visible()
+        page.wait_for_timeout(300)
+        boxes = [element.bounding_box() for element in found]
+        assert all(inside(box, node_box(page, node)) for box in boxes), (boxes, node_box(page, node))
+        assert all(upper["y"] + upper["height"] <= lower["y"] + 1 for upper, lower in pairwise(boxes))
+        assert all(box["width"] > 250 and box["height"] > 20 for box in boxes)
+        assert boxes[-1]["height"] >= 100
+    if "PLADIS_SCREENSHOTS" in os.environ:
+        set_value(page, ADVANCED, layers="custom", blocks="d1,u0-2", scale=3)
+        page.wait_for_timeout(500)
+        boxes = [node_box(page, node) for node in (BASIC, ADVANCED)]
+        right, bottom = (max(box[at] + box[size] for box in boxes) for at, size in (("x", "width"), ("y", "height")))
+        x, y = boxes[0]["x"] - 20, boxes[0]["y"] - 60
+        SCREENSHOTS.mkdir(exist_ok=True)
+        clip = {"x": x, "y": y, "width": right + 20 - x, "height": bottom + 30 - y}
+        page.screenshot(path=SCREENSHOTS / f"{page.renderer}.png", clip=clip)
+
+
+@pytest.mark.parametrize(("scale", "alpha"), ((2, 1.5), (0, 1.5), (1, 2), (5.35, 1.25), (10, 1)))
+def test_the_plot_shows_the_weights_of_the_nodes_values(page, scale, alpha):
+    for node in (BASIC, ADVANCED):
+        set_value(page, node, scale=scale, alpha=alpha)
+        assert_plotted(page, node, scale, alpha)
+
+
+def test_negative_weights_hang_below_the_line(page):
+    set_value(page, BASIC, scale=3)
+    line = plot(page, BASIC).locator("line.zero").bounding_box()["y"]
+    bars = [bar.bounding_box() for bar in plot(page, BASIC).locator("rect.negative").all()]
+    assert len(bars) > 3
+    assert all(bar["y"] >= line - 1 for bar in bars) and max(bar["height"] for bar in bars) > 5
+    assert all(inside(bar, plot(page, BASIC).bounding_box()) for bar in bars)
+
+
+def test_the_plot_follows_while_the_mouse_drags(page):
+    drag_scale(page, BASIC)
+    settle(page)
+    scale = value(page, BASIC, "scale")
+    assert scale != 2
+    assert_plotted(page, BASIC, scale, 1.5)
+    page.mouse.up()
+
+
+def test_a_click_writes_the_list_and_makes_it_the_choice(page):
+    chip(page, ADVANCED, "Block d1").click()
+    assert (value(page, ADVANCED, "layers"), value(page, ADVANCED, "blocks")) == ("custom", "d1")
+    chip(page, ADVANCED, "Block u0").click()
+    chip(page, ADVANCED, "Block u1").click()
+    chip(page, ADVANCED, "Block d1").click()
+    assert value(page, ADVANCED, "blocks") == "u0-1"
+    settle(page)
+    assert pressed(page, ADVANCED) == ["Block u0", "Block u1"]
+    picker(page, ADVANCED).get_by_text("all", exact=True).click()
+    assert value(page, ADVANCED, "blocks") == "d0-1,m0,u0-3"
+    picker(page, ADVANCED).get_by_text("none", exact=True).click()
+    assert value(page, ADVANCED, "blocks") == ""
+    expect(picker(page, ADVANCED)).to_contain_text("Choose at least one block")
+
+
+def test_the_text_field_moves_the_chips(page):
+    set_value(page, ADVANCED, layers="custom", blocks="M0, u2-3,d9,x")
+    assert pressed(page, ADVANCED) == ["Block m0", "Block u2", "Block u3"]
+    expect(picker(page, ADVANCED)).to_contain_text("no block d9; 'x' is not a block.")
+    # what it cannot read stays the user's
+    chip(page, ADVANCED, "Block m0").click()
+    assert value(page, ADVANCED, "blocks") == "u2-3,d9,x"
+
+
+def test_layers_inside_a_block_are_chips_of_their_own(page):
+    set_value(page, CHECKPOINT, ckpt_name="sd_xl_base_1.0.safetensors")
+    set_value(page, UNKNOWN, layers="custom", blocks="d2.2-9")
+    expect(chip(page, UNKNOWN, "Block d2")).to_have_attribute("aria-pressed", "mixed")
+    chip(page, UNKNOWN, "Layer d2.5").click()
+    assert value(page, UNKNOWN, "blocks") == "d2.2-4,d2.6-9"
+    chip(page, UNKNOWN, "Block d2").click()
+    assert value(page, UNKNOWN, "blocks") == "d2"
+    chip(page, UNKNOWN, "Layer u0.4").click()
+    assert value(page, UNKNOWN, "blocks") == "d2,u0.4"
+
+
+def test_a_model_that_is_not_known_has_the_chips_of_its_list(page):
+    set_value(page, CHECKPOINT, ckpt_name="something.safetensors")
+    expect(picker(page, UNKNOWN).locator("button")).to_have_count(0)
+    set_value(page, UNKNOWN, layers="custom", blocks="b0-2,d999999")
+    expect(picker(page, UNKNOWN).locator("button.block")).to_have_count(3)
+    chip(page, UNKNOWN, "Block b1").click()
+    assert value(page, UNKNOWN, "blocks") == "b0,b2,d999999"
+    # the chip is still there to click it back
+    chip(page, UNKNOWN, "Block b1").click()
+    assert value(page, UNKNOWN, "blocks") == "b0-2,d999999"
+
+
+def test_undo_takes_back_one_click(page):
+    chip(page, ADVANCED, "Block d1").click()
+    chip(page, ADVANCED, "Block m0").click()
+    settle(page)
+    assert pressed(page, ADVANCED) == ["Block d1", "Block m0"]
+    for blocks, layers, chips in (("d1", "custom", ["Block d1"]), ("", "all", [])):
+        page.keyboard.press("Control+z")
+        page.wait_for_function(f"app.graph.getNodeById({ADVANCED})?.widgets.some((w) => w.value === '{layers}')")
+        page.wait_for_function(
+            f"app.graph.getNodeById({ADVANCED})?.widgets.some((w) => w.name === 'blocks' && w.value === '{blocks}')"
+        )
+        settle(page)
+        assert pressed(page, ADVANCED) == chips
+
+
+def test_a_linked_list_cannot_be_clicked(page):
+    page.evaluate(
+        """(id) => {
+            const [source, node] = [LiteGraph.createNode("PrimitiveString"), app.graph.getNodeById(id)];
+            source.pos = [80, 700];
+            app.graph.add(source);
+            source.connect(0, node, node.findInputSlot("blocks"));
+        }""",
+        ADVANCED,
+    )
+    expect(picker(page, ADVANCED)).to_contain_text("comes from a link")
+    box = chip(page, ADVANCED, "Block d1").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert (value(page, ADVANCED, "layers"), value(page, ADVANCED, "blocks")) == ("all", "")
+    page.evaluate(
+        """(id) => {
+            const node = app.graph.getNodeById(id);
+            node.disconnectInput(node.findInputSlot("blocks"));
+        }""",
+        ADVANCED,
+    )
+    expect(picker(page, ADVANCED)).not_to_contain_text("comes from a link")
+    chip(page, ADVANCED, "Block d1").click()
+    assert value(page, ADVANCED, "blocks") == "d1"
+
+
+def test_a_saved_workflow_holds_the_inputs_alone_and_loads_as_it_was(page):
+    before = saved(page)
+    assert {n["id"]: n["widgets_values"] for n in before["nodes"] if n["id"] in VALUES} == VALUES
+    chip(page, ADVANCED, "Block u3").click()
+    set_value(page, BASIC, scale=3.5)
+    first = saved(page)
+    assert "pladis_plot" not in json.dumps(first) and "pladis_blocks" not in json.dumps(first)
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", first)
+    settle(page)
+    assert saved(page) == first
+    assert pressed(page, ADVANCED) == ["Block u3"]
+    assert_plotted(page, BASIC, 3.5, 1.5)
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    assert set(prompt[str(BASIC)]["inputs"]) == {"model", "scale", "alpha", "start_percent", "end_percent"}
+    assert set(prompt[str(ADVANCED)]["inputs"]) == {
+        *prompt[str(BASIC)]["inputs"], "layers", "blocks", "apply_to", "force_unknown"
+    }  # fmt: skip
+
+
+def test_a_workflow_from_before_the_panels_gets_room_for_them(page):
+    workflow = saved(page)
+    for node in workflow["nodes"]:
+        if node["id"] in VALUES:
+            node["size"] = [270, 60]
+    page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+    settle(page)
+    page.wait_for_timeout(500)
+    for node in VALUES:
+        assert inside(plot(page, node).bounding_box(), node_box(page, node))
+
+
+def test_a_queued_workflow_shows_its_picture_and_the_models_own_blocks(page):
+    page.evaluate(BUILD, SAMPLING)
+    expect(picker(page, ADVANCED)).to_contain_text("layers is all")
+    set_value(page, ADVANCED, layers="custom", blocks="d0-1,u0-3")
+    expect(picker(page, ADVANCED)).to_contain_text("The blocks of the demo model.")
+    page.evaluate("app.queuePrompt(0)")
+    page.wait_for_function("app.graph.getNodeById(15).imgs?.[0]?.naturalWidth === 64", timeout=60_000)
+    if page.renderer == "nodes-2":
+        picture = page.locator("[data-node-id='15'] img")
+        expect(picture).to_be_visible()
+        assert picture.evaluate("(image) => image.naturalWidth") == 64
+    expect(picker(page, ADVANCED)).to_contain_text("The blocks of this model.")
+    assert picker(page, ADVANCED).locator("button.block").all_text_contents() == BLOCKS

@@ -1,0 +1,129 @@
+// What the Apply nodes show besides their inputs: a plot of the weights and a picker of blocks. Display only: what a
+// workflow saves and what runs are the inputs alone.
+
+import { app } from "../../scripts/app.js";
+import { blocksAt, reportBlocks } from "./pladis_models.js";
+import { blockPicker, PICKER_PADDING } from "./pladis_picker.js";
+import { weightsPlot } from "./pladis_plot.js";
+
+const PLOT_HEIGHT = 115;
+// a long list of blocks scrolls
+const MOST_PICKER_HEIGHT = 240;
+const LEAST_WIDTH = 320;
+// around a panel, on the classic canvas
+const MARGIN = 8;
+
+app.registerExtension({
+  name: "pladis.panels",
+  nodeCreated(node) {
+    if (!["PLADISApply", "PLADISApplyAdvanced"].includes(node.comfyClass)) return;
+    // last, so that the widgets that a workflow saves keep their places
+    if (node.comfyClass === "PLADISApplyAdvanced") addPicker(node);
+    addPlot(node);
+    node.setSize([Math.max(node.size[0], LEAST_WIDTH), node.computeSize()[1]]);
+  },
+});
+
+function addPlot(node) {
+  const plot = weightsPlot();
+  plot.root.style.minHeight = `${PLOT_HEIGHT}px`;
+  addPanel(node, "pladis_plot", plot.root, { getMinHeight: () => PLOT_HEIGHT + 2 * MARGIN });
+  follow(node, plot, () => ({ scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha") }));
+}
+
+function addPicker(node) {
+  const picker = blockPicker((text) => {
+    // one step for undo
+    app.canvas.emitBeforeChange();
+    setValue(node, "blocks", text);
+    setValue(node, "layers", "custom");
+    app.canvas.emitAfterChange();
+  });
+  let height = 60;
+  const room = () => height + 2 * MARGIN;
+  addPanel(node, "pladis_blocks", picker.root, { getMinHeight: room, getMaxHeight: room });
+  new ResizeObserver(() => {
+    // 0 while it is not on screen
+    if (!picker.content.offsetHeight) return;
+    height = Math.min(picker.content.offsetHeight + PICKER_PADDING, MOST_PICKER_HEIGHT);
+    picker.root.style.minHeight = picker.root.style.maxHeight = `${height}px`;
+    node.expandToFitContent();
+    node.setDirtyCanvas(true, true);
+  }).observe(picker.content);
+  follow(node, picker, () => {
+    const linked = node.isInputConnected(node.findInputSlot("blocks"));
+    return { text: valueOf(node, "blocks"), layers: valueOf(node, "layers"), linked, ...blocksAt(node) };
+  });
+  chain(node, "onExecuted", (output) => output?.pladis_blocks && reportBlocks(node, output.pladis_blocks));
+}
+
+function addPanel(node, name, root, options) {
+  // a type of its own: of a type that core knows, Nodes 2.0 would draw its own component
+  root.dataset.panel = name;
+  const widget = node.addDOMWidget(name, name.toUpperCase(), root, {
+    serialize: false,
+    hideOnZoom: false,
+    // a side panel would take the element out of the node
+    hideInPanel: true,
+    margin: MARGIN,
+    ...options,
+  });
+  // of the workflow; the option is for the prompt
+  widget.serialize = false;
+}
+
+const followed = new Map();
+let frame = 0;
+
+/**
+ * Draws into a panel what `read` returns whenever it differs, while the node is in a graph.
+ *
+ * A widget's value changes by hand, by undo, by a loaded workflow, by other packs and by links further up, with no event
+ * that covers all of them in both renderers; a look per frame does.
+ */
+function follow(node, { root, draw }, read) {
+  let drawn;
+  const look = () => {
+    const state = JSON.stringify(read());
+    if (state === drawn) return;
+    if (!drawn) takePlace(node, root);
+    drawn = state;
+    draw(JSON.parse(state));
+  };
+  chain(node, "onAdded", () => {
+    followed.set(root, look);
+    frame ||= requestAnimationFrame(lookAtAll);
+  });
+  chain(node, "onRemoved", () => followed.delete(root));
+}
+
+/** Undo makes a node anew, but Nodes 2.0 goes on showing the element of the node that was there before. */
+function takePlace(node, root) {
+  const place = `${root.dataset.panel} ${node.graph.id} ${node.id}`;
+  if (!root.isConnected) document.querySelector(`[data-place="${CSS.escape(place)}"]`)?.replaceWith(root);
+  root.dataset.place = place;
+}
+
+function lookAtAll() {
+  followed.forEach((look) => look());
+  frame = followed.size && requestAnimationFrame(lookAtAll);
+}
+
+function chain(node, name, after) {
+  const before = node[name];
+  node[name] = function (...values) {
+    const result = before?.apply(this, values);
+    after(...values);
+    return result;
+  };
+}
+
+function valueOf(node, name) {
+  return node.widgets.find((widget) => widget.name === name).value;
+}
+
+function setValue(node, name, value) {
+  const widget = node.widgets.find((widget) => widget.name === name);
+  widget.value = value;
+  widget.callback?.(value);
+}
