@@ -24,6 +24,8 @@ from .common import additive_mask, bounded_value, centred, compute_dtype, newton
 # Bytes of one score buffer, of which there are two or three: near a core's cache, enough work per kernel launch.
 CPU_BUFFER_BYTES = 5 << 19
 DEVICE_BUFFER_BYTES = 8 << 20
+# by how much the buffer shrinks where memory runs out
+SHRINK = 8
 
 
 class Scratch:
@@ -126,10 +128,9 @@ def _mix(
     return (softmax.mul_(factor) if sparse == 0.0 else weights.addcmul_(softmax, factor)), softmax_sum
 
 
-def chunk_shape(heads: int, queries: int, keys: int, device: torch.device, itemsize: int) -> tuple[int, int]:
-    """(heads, queries) of one chunk: whole heads where several fit into a buffer, else a part of one head."""
-    budget = (CPU_BUFFER_BYTES if device.type == "cpu" else DEVICE_BUFFER_BYTES) // itemsize
-    rows = max(1, budget // keys)
+def chunk_shape(heads: int, queries: int, keys: int, elements: int) -> tuple[int, int]:
+    """(heads, queries) of one chunk: whole heads where several fit into `elements`, else a part of one head."""
+    rows = max(1, elements // keys)
     if rows >= queries:
         return max(1, min(heads, rows // queries)), queries
     return 1, rows
@@ -148,7 +149,23 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     key, value = (t.to(dtype).repeat_interleave(groups, dim=1) if groups > 1 else t.to(dtype) for t in (key, value))
     value = bounded_value(value, dense, sparse)
     unit, gain = unit_keys(key, scale)
-    step_h, step_q = chunk_shape(heads, queries, keys, query.device, unit.element_size())
+    budget = CPU_BUFFER_BYTES if query.device.type == "cpu" else DEVICE_BUFFER_BYTES
+    elements = budget // unit.element_size()
+    while True:
+        try:
+            _fill(out, query, unit, gain, value, mask, alpha, dense, sparse, mass, row_lse, elements)
+            return out
+        except torch.cuda.OutOfMemoryError:
+            if elements <= keys:
+                raise
+            elements //= SHRINK
+
+
+def _fill(out, query, unit, gain, value, mask, alpha, dense, sparse, mass, row_lse, elements: int) -> None:
+    """Writes `out` in chunks of at most `elements` scores."""
+    batch, heads, queries, _ = query.shape
+    keys, dtype = unit.shape[-2], unit.dtype
+    step_h, step_q = chunk_shape(heads, queries, keys, elements)
     scratch = Scratch(step_h * step_q * keys, dtype, query.device)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         for b in range(batch):
@@ -167,4 +184,3 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
                     if row_lse is not None:
                         part_mass = row_mass(peak, softmax_sum, row_lse[rows].mT).mT
                     out[rows] = scaled_to(weights.mT @ value[head], part_mass, query.dtype)
-    return out

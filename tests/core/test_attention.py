@@ -219,6 +219,29 @@ def test_chunk_sizes_do_not_change_the_result(monkeypatch):
         )
 
 
+def test_where_memory_runs_out_smaller_chunks_are_tried(monkeypatch):
+    """An allocator that has room for 5000 scores, then for fewer than one row's."""
+    query, key, value = tensors("sd15")
+    whole = pladis_attention(query, key, value, backend="portable")
+    asked, scratch = [], eager.Scratch
+
+    def allocate(elements, *args):
+        asked.append(elements)
+        if elements > room:
+            raise torch.cuda.OutOfMemoryError("full")
+        return scratch(elements, *args)
+
+    monkeypatch.setattr(eager, "Scratch", allocate)
+    room = 5000
+    out = pladis_attention(query, key, value, backend="portable")
+    torch.testing.assert_close(out, whole, atol=1e-5, rtol=0)
+    assert asked[-1] <= room < asked[-2]
+    room = 76
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        pladis_attention(query, key, value, backend="portable")
+    assert asked[-1] == 77
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_sizes(backend):
     for batch, queries, keys in ((0, 5, 7), (1, 0, 7), (1, 5, 0)):
