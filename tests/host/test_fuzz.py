@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -73,6 +74,9 @@ def server(tmp_path_factory):
         yield running
 
 
+NUMBERS = itertools.count()
+
+
 def graph(inputs: dict, node: str = "PLADISApplyAdvanced", steps: int = 1) -> dict:
     """The few-step demo model through an Apply node, sampled in 64 x 64."""
     sampling = {"seed": 1, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
@@ -84,7 +88,8 @@ def graph(inputs: dict, node: str = "PLADISApplyAdvanced", steps: int = 1) -> di
         "latent": ("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}),
         "sampler": ("KSampler", {**sampling, "model": model, **links}),
         "decode": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["demo", 2]}),
-        "save": ("PreviewImage", {"images": ["decode", 0]}),
+        # another name each time: a server says nothing of outputs that it takes from its cache
+        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": f"run{next(NUMBERS)}_"}),
     }
     if inputs:
         nodes["apply"] = (node, {"model": ["demo", 0], **inputs})
