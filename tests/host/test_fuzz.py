@@ -8,10 +8,12 @@ import os
 import random
 import sys
 import urllib.error
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from comfy_server import Server
@@ -136,7 +138,8 @@ def pixels(server, workflow: dict) -> bytes:
     entry = server.run(workflow)
     assert entry["status"]["status_str"] == "success", entry["status"]
     (image,) = entry["outputs"]["save"]["images"]
-    return server.view(image)
+    # the file also holds the workflow
+    return Image.open(BytesIO(server.view(image))).tobytes()
 
 
 def resident_mib(server) -> float:
