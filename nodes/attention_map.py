@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 from typing_extensions import override
 
-from .hosting import LAYER_CHOICES, Settings, choose_layers, text_layers
+from .hosting import LAYER_CHOICES, Settings, choose_layers, layer_names, text_layers
 from .hosting.attention_map import KINDS, AttentionMaps, watch_attention
 from .hosting.words import Word, find_words
 from .inputs import SEARCH_ALIASES
@@ -145,18 +145,6 @@ class PLADISAttentionMap(io.ComfyNode):
             table(list(names.values()), figures, found, title),
             draw_bars(list(names.values()), {FIGURES[head][0]: column for head, column in figures.items()}, title),
         )
-
-
-def layer_names(layers) -> list[str]:
-    """The layers in the spelling of the block list."""
-    numbers: dict[str, dict[int, int]] = {}
-    names = []
-    for layer in layers:
-        ordinals = numbers.setdefault(layer.part, {})
-        ordinal = ordinals.setdefault(layer.number, len(ordinals))
-        prefix = {"input": "d", "middle": "m", "output": "u", "block": "b"}[layer.part]
-        names.append(f"{prefix}{ordinal}.{layer.index}" + (" (attn1)" if layer.slot == "attn1" else ""))
-    return names
 
 
 def mean(seen: AttentionMaps, layer, figure: str) -> float:

@@ -2,7 +2,7 @@
 
 from comfy.samplers import KSampler
 
-from .layers import LAYER_CHOICES, block_names, choose_layers, text_layers
+from .layers import LAYER_CHOICES, block_names, choose_layers, layer_names, text_layers
 from .settings import APPLY_TO, SCHEDULES, Settings
 from .wrappers import apply_settings
 
@@ -17,6 +17,6 @@ def schedulers() -> list[str]:
 
 
 __all__ = [
-    "APPLY_TO", "LAYER_CHOICES", "SCHEDULES", "Settings", "apply_settings", "block_names", "choose_layers", "samplers",
-    "schedulers", "text_layers",
+    "APPLY_TO", "LAYER_CHOICES", "SCHEDULES", "Settings", "apply_settings", "block_names", "choose_layers",
+    "layer_names", "samplers", "schedulers", "text_layers",
 ]  # fmt: skip

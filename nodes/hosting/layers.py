@@ -190,3 +190,15 @@ def block_names(layers: tuple[Layer, ...]) -> list[str]:
 def describe_blocks(layers: tuple[Layer, ...]) -> str:
     """For error messages."""
     return f"This model has {', '.join(block_names(layers))}."
+
+
+def layer_names(layers: tuple[Layer, ...]) -> list[str]:
+    """Each layer in the spelling of the block list."""
+    prefixes = {part: prefix for prefix, part in PREFIXES.items()}
+    ordinals: dict[str, dict[int, int]] = {}
+    names = []
+    for layer in layers:
+        numbers = ordinals.setdefault(layer.part, {})
+        ordinal = numbers.setdefault(layer.number, len(numbers))
+        names.append(f"{prefixes[layer.part]}{ordinal}.{layer.index}" + (" (attn1)" if layer.slot == "attn1" else ""))
+    return names
