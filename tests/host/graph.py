@@ -1,4 +1,4 @@
-"""Runs a node of the host or of another pack as a graph does: by the names of its inputs, the rest at their defaults."""
+"""Runs a node of the host or of another pack as a graph does: inputs by name, the rest at their defaults."""
 
 from __future__ import annotations
 

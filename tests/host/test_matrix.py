@@ -253,7 +253,7 @@ PATCHES = (
     Patch("LazyCache", extra("easycache", "LazyCacheNode", reuse_threshold=3.0), options=LONG),
     Patch("attention multiplied", extra("attention_multiply", "UNetCrossAttentionMultiply", q=1.5)),
     Patch("merged after the node", merged),
-    Patch("ModelSamplingDiscrete, v-prediction", extra("model_advanced", "ModelSamplingDiscrete", sampling="v_prediction")),
+    Patch("ModelSamplingDiscrete, v", extra("model_advanced", "ModelSamplingDiscrete", sampling="v_prediction")),
     Patch("ModelSamplingDiscrete, zsnr", extra("model_advanced", "ModelSamplingDiscrete", sampling="eps", zsnr=True)),
     Patch("ModelSamplingContinuousEDM", extra("model_advanced", "ModelSamplingContinuousEDM", sampling="eps")),
     Patch("ModelSamplingContinuousV", extra("model_advanced", "ModelSamplingContinuousV")),
