@@ -15,6 +15,8 @@ from .conditioning import Chunk, repeat_mask, usual_role
 from .settings import Settings
 
 Hook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
+# what Attention Couple of ComfyUI-ppm and of prompt-control leave in extra_options
+COUPLE_KEYS = ("cond_or_uncond_couple", "cond_or_uncond_hook_couple")
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,30 @@ class PladisHook:
             return [Chunk(c.role, c.length if tokens == call.tokens else None) for c in call.chunks]
         if self.settings.apply_to == "both":
             return [Chunk("positive", None)]
-        # ComfyUI-ppm's Attention Couple says which conditioning each share of the enlarged batch came from
-        couple = extra_options.get("cond_or_uncond_couple")
+        # which conditioning each share of the enlarged batch came from
+        couple = next((extra_options[key] for key in COUPLE_KEYS if extra_options.get(key)), None)
         if couple and rows % len(couple) == 0:
             return [Chunk(usual_role(index), None) for index in couple]
+        raise rearranged(call.rows, rows, self.settings.apply_to)
+
+
+def rearranged(given: int, found: int, apply_to: str) -> RuntimeError:
+    return RuntimeError(
+        f"PLADIS: another node (Attention Couple, tiled diffusion) rearranged the batch ({given} rows into the model, "
+        f"{found} in its attention), so which rows are {apply_to} cannot be told. Set apply_to to both."
+    )
+
+
+def refuse_another_pladis(resident: Hook | None) -> None:
+    """Two packs' PLADIS in one layer would add up; the hook of sd-perturbed-attention is known by its name.
+
+    Raises:
+        RuntimeError: `resident` is one.
+    """
+    if "pladis" in getattr(resident, "__qualname__", "").lower():
         raise RuntimeError(
-            f"PLADIS: another node rearranged the batch ({call.rows} rows into the model, {rows} in its attention), so "
-            f"which rows are {self.settings.apply_to} cannot be told. Set apply_to to both."
+            "PLADIS: this model also goes through the PLADIS node of another pack (sd-perturbed-attention), and both "
+            "together would apply it twice. Remove one of the two nodes."
         )
 
 

@@ -27,7 +27,7 @@ from ...pladis_core import (
 from .attention_call import AttentionCall, bind
 from .direct import direct_attention
 from .families import JOINT, Family
-from .hook import ModelCall, Segment, cut
+from .hook import ModelCall, Segment, cut, rearranged
 from .settings import Settings
 from .windows import Window
 
@@ -197,10 +197,7 @@ def active_segments(attention: AttentionCall, settings: Settings, call: ModelCal
         return [s for s in cut(call.chunks, rows, settings.apply_to) if s.active]
     if settings.apply_to == "both":
         return [Segment(slice(0, rows), None, True)]
-    raise RuntimeError(
-        f"PLADIS: the batch was rearranged ({call.rows} rows into the model, {rows} in its attention), so which rows "
-        f"are {settings.apply_to} cannot be told. Set apply_to to both."
-    )
+    raise rearranged(call.rows, rows, settings.apply_to)
 
 
 @contextmanager
@@ -224,6 +221,6 @@ def text_attention(
 @cache
 def _warn(network: str) -> None:
     logging.warning(
-        "PLADIS: no text attention ran in %s, so nothing was changed. Another node skipped or replaced it, or this "
-        "kind of sampling reaches it in another way.", network
+        "PLADIS: no text attention ran in %s, so nothing was changed. Another node skipped or replaced it (the "
+        "samplers of ComfyUI-NAG do), or this kind of sampling reaches it in another way.", network
     )  # fmt: skip

@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from .compiled import is_compiled, run_compiled, uncompiled, warn_of_frozen_settings
 from .conditioning import GUIDER_KEY, TABLE_KEY, GuiderConds, batch_chunks, read_conditioning
 from .families import UNET, find_family, network_of
-from .hook import ModelCall, PladisHook
+from .hook import ModelCall, PladisHook, refuse_another_pladis
 from .layers import unet_layers
 from .settings import Settings
 from .transformer import text_attention
@@ -115,6 +115,7 @@ def _install(transformer_options: dict[str, Any], settings: Settings, call: Mode
         replace[slot] = residents.copy()
         for layer in (layer for layer in settings.layers if layer.slot == slot):
             resident = residents.get(layer.key, residents.get(layer.key[:2]))
+            refuse_another_pladis(resident)
             replace[slot][layer.key] = PladisHook(settings.on(layer), call, resident)
     if any(layer.slot == "attn1" for layer in settings.layers):
         _give_attn1_a_value(options)

@@ -11,7 +11,9 @@ import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models as supported
+import entmax
 import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock
 
 from pladis_pack.nodes.apply import PLADISApply
 from pladis_pack.nodes.apply_advanced import PLADISApplyAdvanced
@@ -82,21 +84,22 @@ def initialise(module: torch.nn.Module) -> None:
     not blow rounding errors up."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in module.named_parameters():
-        if parameter.ndim == 1:
-            parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
+        if parameter.ndim < 2:
+            # single numbers are gates
+            parameter.data.fill_(1.0 if name.endswith("weight") or parameter.ndim == 0 else 0.0)
         else:
             gain = 1.6 if ".to_q" in name or ".to_k" in name else 0.6
             fan_in = parameter[0].numel()
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * gain * fan_in**-0.5
 
 
-def base_model(name: str) -> comfy.model_base.BaseModel:
+def base_model(name: str, **changes) -> comfy.model_base.BaseModel:
     model_class, layout, _ = LAYOUTS[name]
     unet = {
         "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "use_spatial_transformer": True,
         "legacy": False, "use_checkpoint": False, "context_dim": TEXT_WIDTH, "num_head_channels": 16, "num_heads": -1,
         "use_linear_in_transformer": False, "adm_in_channels": None, "use_temporal_attention": False,
-        "dtype": torch.float64, **layout,
+        "dtype": torch.float64, **layout, **changes,
     }  # fmt: skip
     config = model_class(unet)
     config.unet_config.update(unet)
@@ -105,9 +108,10 @@ def base_model(name: str) -> comfy.model_base.BaseModel:
     return model.eval()
 
 
-def patcher(name: str = "SD15") -> comfy.model_patcher.ModelPatcher:
+def patcher(name: str = "SD15", **changes) -> comfy.model_patcher.ModelPatcher:
+    """`changes` to the layout of that name."""
     cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(base_model(name), load_device=cpu, offload_device=cpu)
+    return comfy.model_patcher.ModelPatcher(base_model(name, **changes), load_device=cpu, offload_device=cpu)
 
 
 def prompt(seed: int, tokens: int = 77, **options) -> list:
@@ -141,6 +145,29 @@ def apply(model, **options):
     node = PLADISApplyAdvanced if set(options) - set(DEFAULTS) else PLADISApply
     defaults = ADVANCED if node is PLADISApplyAdvanced else DEFAULTS
     return node.execute(model, **{**defaults, **options}).result[0]
+
+
+def oracle_attention(module):
+    """CrossAttention.forward with PLADIS written out in float64 on the entmax package."""
+
+    def forward(x, context=None, value=None, mask=None, transformer_options=None):
+        q, k, v = module.to_q(x), module.to_k(context), module.to_v(context if value is None else value)
+        q, k, v = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = q @ k.mT * module.dim_head**-0.5
+        out = (2 * entmax.entmax15(scores, -1) - scores.softmax(-1)) @ v
+        return module.to_out(out.transpose(1, 2).flatten(2))
+
+    return forward
+
+
+def write_pladis_into(model):
+    """The text attention of the network itself becomes the paper's equation: what the node must amount to."""
+    for block in model.model.diffusion_model.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.attn2.forward = oracle_attention(block.attn2)
+            if block.disable_self_attn:
+                block.attn1.forward = oracle_attention(block.attn1)
+    return model
 
 
 class Evaluations:
