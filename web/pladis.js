@@ -46,8 +46,9 @@ function addPicker(node) {
     // 0 while it is not on screen
     if (!picker.content.offsetHeight) return;
     height = Math.min(picker.content.offsetHeight + PICKER_PADDING, MOST_PICKER_HEIGHT);
+    // then the wheel scrolls the list instead of zooming, in Nodes 2.0 after a click into it
+    picker.root.dataset.captureWheel = height === MOST_PICKER_HEIGHT;
     picker.root.style.minHeight = picker.root.style.maxHeight = `${height}px`;
-    node.expandToFitContent();
     node.setDirtyCanvas(true, true);
   }).observe(picker.content);
   follow(node, picker, () => {
@@ -70,6 +71,10 @@ function addPanel(node, name, root, options) {
   });
   // of the workflow; the option is for the prompt
   widget.serialize = false;
+  root.addEventListener("wheel", (event) => {
+    // Nodes 2.0 sees to it itself
+    if (!LiteGraph.vueNodesMode && root.dataset.captureWheel !== "true") app.canvas.processMouseWheel(event);
+  });
 }
 
 const followed = new Map();

@@ -37,8 +37,6 @@ const STYLE = `
  */
 export function blockPicker(edit) {
   const root = document.createElement("div");
-  // the wheel scrolls a long list instead of zooming
-  root.dataset.captureWheel = "true";
   const shadow = root.attachShadow({ mode: "open" });
   shadow.innerHTML = `<style>${STYLE}</style><div class="content"></div>`;
   const content = shadow.querySelector(".content");

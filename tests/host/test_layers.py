@@ -131,3 +131,13 @@ def test_a_unet_without_text_is_refused():
             module.attn2 = None
     with pytest.raises(ValueError, match="no text cross-attention layer"):
         apply(model)
+
+
+@pytest.mark.parametrize("layers", ("all", "custom"))
+def test_the_advanced_node_reports_every_block_of_the_model(sdxl, layers):
+    """For the front end, whatever is chosen."""
+    output = tiny.PLADISApplyAdvanced.execute(sdxl, **{**tiny.ADVANCED, "layers": layers, "blocks": "m0"})
+    assert output.ui == {
+        "pladis_blocks": ["d0.0-1", "d1.0-1", "d2.0-9", "d3.0-9", "m0.0-9", *(f"u{i}.0-9" for i in range(3)),
+                          *(f"u{i}.0-1" for i in range(3, 6))]
+    }  # fmt: skip
