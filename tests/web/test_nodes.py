@@ -137,6 +137,7 @@ def set_value(page: Page, node: int, **values) -> None:
     page.evaluate(
         """([id, values]) => app.graph.getNodeById(id).widgets.forEach((widget) => {
             if (widget.name in values) widget.value = values[widget.name];
+            app.canvas.setDirty(true, true);
         })""",
         [node, values],
     )
@@ -287,6 +288,21 @@ def test_a_click_writes_the_list_and_makes_it_the_choice(page):
     picker(page, ADVANCED).get_by_text("none", exact=True).click()
     assert value(page, ADVANCED, "blocks") == ""
     expect(picker(page, ADVANCED)).to_contain_text("Choose at least one block")
+
+
+def test_a_click_shows_in_the_text_field(page):
+    page.wait_for_timeout(500)
+    box = node_box(page, ADVANCED)
+    # the inputs alone, above the picker
+    box["height"] = picker(page, ADVANCED).bounding_box()["y"] - box["y"]
+    # the mouse is where it will click, so that nothing but the values changes
+    chip(page, ADVANCED, "Block d1").hover()
+    page.wait_for_timeout(300)
+    before = page.screenshot(clip=box)
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_timeout(300)
+    assert page.screenshot(clip=box) != before
 
 
 def test_the_text_field_moves_the_chips(page):
