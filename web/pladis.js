@@ -38,6 +38,7 @@ function addPicker(node) {
     setValue(node, "blocks", text);
     setValue(node, "layers", "custom");
     app.canvas.emitAfterChange();
+    node.setDirtyCanvas(true, true);
   });
   let height = 60;
   const room = () => height + 2 * MARGIN;

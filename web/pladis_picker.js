@@ -24,7 +24,8 @@ const STYLE = `
   button[aria-pressed="mixed"] { box-shadow: inset 0 -3px var(--primary-background, #0b8ce9); }
   .block { min-width: 24px; padding: 0 5px; line-height: 18px; text-align: center; }
   .layer { width: 8px; }
-  .foot { display: flex; align-items: flex-start; gap: 6px; }
+  /* two lines: a node whose height changed with its hint would make an undo step of its own */
+  .foot { display: flex; align-items: flex-start; gap: 6px; min-height: 29px; }
   .foot span { flex: 1; }
   .foot .wrong { color: var(--error-text); }
   .foot button { padding: 0 6px; border-radius: 4px; line-height: 16px; }
