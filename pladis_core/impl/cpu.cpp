@@ -32,6 +32,8 @@ struct Problem {
     float alpha, dense, sparse;
 };
 
+// below it 1 + x forgets the digits of x that entmax near softmax needs
+static const float SMALL_ALPHA = 1.05f;
 static const float TINY = 1.17549435e-38f, LARGE = 3.40282347e38f, LOWEST_EXP = -87.3365f;
 
 // one number per query of a tile
@@ -98,7 +100,9 @@ static inline row exponential(row x) {
     return map([&](int i) { return exponential(x.v[i]); });
 }
 
-// log(1 + x), given w = 1 + x > 0; log(w) * x / (w - 1) undoes the rounding of w (Cephes' polynomial)
+// log(1 + x), given w = 1 + x > 0 (Cephes' polynomial); SMALL: to full relative precision near 0, Kahan's way, where
+// log(w) * x / (w - 1) undoes the rounding of w
+template <bool SMALL>
 static inline vec log_one_plus(vec x, vec w) {
     ivec bits = (ivec)w;
     ivec e = (bits - 0x3f3504f3) >> 23;  // w = (1 + m) * 2^e, sqrt(1/2) <= 1 + m < sqrt(2)
@@ -114,6 +118,7 @@ static inline vec log_one_plus(vec x, vec w) {
     p = p * m - 2.4999993993e-1f;
     p = p * m + 3.3333331174e-1f;
     vec log = n * -2.12194440e-4f + p * m * z - 0.5f * z + m + n * 0.693359375f;
+    if (!SMALL) return log;
     return w == 1.0f ? x : log * x / (w - 1.0f);
 }
 
@@ -221,6 +226,7 @@ static row polynomial(const row *s, row *w, int64_t keys, int64_t steps) {
 }
 
 // any other alpha; the slopes z^(p - 1) beside the weights z^p. eager.py: _generic_numerators
+template <bool SMALL>
 static row generic(const row *s, row *w, row *slopes, int64_t keys, float alpha, int64_t steps) {
     float b = alpha - 1.0f;
     row u = start(s, keys, b);
@@ -228,7 +234,7 @@ static row generic(const row *s, row *w, row *slopes, int64_t keys, float alpha,
     for (int64_t i = 0; i <= steps; i++) {
         m = sum_of<moments>(0, keys, [&](int64_t k) -> moments {
             row x = at_least((s[k] - u) * b, -1.0f), base = at_least(x + 1.0f, TINY);
-            row log = map([&](int i) { return log_one_plus(x.v[i], base.v[i]); });
+            row log = map([&](int i) { return log_one_plus<SMALL>(x.v[i], base.v[i]); });
             w[k] = exponential(log * (1.0f / b));
             slopes[k] = w[k] / base;
             return {w[k], slopes[k]};
@@ -253,7 +259,8 @@ static void mix(const Problem &p, row *s, row *w, row *slopes, row peak, const f
     row sum = {}, mass = fill(1.0f);
     if (entmax && p.alpha == 1.5f) sum = polynomial<true>(s, w, p.keys, p.steps);
     else if (entmax && p.alpha == 2.0f) sum = polynomial<false>(s, w, p.keys, p.steps);
-    else if (entmax) sum = generic(s, w, slopes, p.keys, p.alpha, p.steps);
+    else if (entmax && p.alpha < SMALL_ALPHA) sum = generic<true>(s, w, slopes, p.keys, p.alpha, p.steps);
+    else if (entmax) sum = generic<false>(s, w, slopes, p.keys, p.alpha, p.steps);
     row total = sum_of<row>(0, p.keys, [&](int64_t k) { return s[k] = exponential(s[k]); });
     if (row_lse)
         mass = each([&](int i) {
