@@ -48,7 +48,9 @@ def all_nodes(object_info: dict) -> dict:
 
 
 def test_the_folder_holds_these_workflows():
-    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(f"{n}.{end}" for n in NAMES for end in ("json", "jpg"))
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(
+        f"{n}.{end}" for n in NAMES for end in ("json", "jpg")
+    )
 
 
 def test_the_template_browser_offers_them(server):
@@ -65,7 +67,7 @@ def test_a_thumbnail_is_a_small_picture(name):
     assert file.stat().st_size < MOST_BYTES
     with Image.open(file) as picture:
         assert picture.format == "JPEG"
-        assert 200 <= min(picture.size) and max(picture.size) <= 1024
+        assert min(picture.size) >= 200 and max(picture.size) <= 1024
         assert numpy.asarray(picture).std() > 8
 
 
@@ -172,7 +174,9 @@ def test_models_are_declared_where_they_are_loaded(server, workflow):
         assert {model["name"] for model in models} == files, node["type"]
         for model in models:
             assert set(model) == {"name", "url", "directory"} and model["directory"] in folders
-            assert re.fullmatch(r"https://huggingface\.co/[\w-]+/[\w.-]+/resolve/main/[\w./-]+\.safetensors", model["url"])
+            assert re.fullmatch(
+                r"https://huggingface\.co/[\w-]+/[\w.-]+/resolve/main/[\w./-]+\.safetensors", model["url"]
+            )
     loads = [node for node in workflow["nodes"] if "models" in node["properties"]]
     assert bool(loads) == (workflow["name"] not in RUN_HERE)
 

@@ -43,9 +43,7 @@ def test_no_node_lies_over_another(opened, loaded):
     if opened.renderer != "classic":
         pytest.skip("sizes are those of the classic renderer")
     for (one, *a), (other, *b) in combinations(opened.evaluate(RECTANGLES), 2):
-        apart = (
-            a[0] + a[2] <= b[0] or b[0] + b[2] <= a[0] or a[1] + a[3] <= b[1] - TITLE or b[1] + b[3] <= a[1] - TITLE
-        )
+        apart = a[0] + a[2] <= b[0] or b[0] + b[2] <= a[0] or a[1] + a[3] <= b[1] - TITLE or b[1] + b[3] <= a[1] - TITLE
         assert apart, (one, a, other, b)
 
 
