@@ -66,7 +66,7 @@ def test_defaults_are_those_of_the_node(schema, page):
     table = page.split("## Inputs", 1)[1].split("\n## ", 1)[0]
     for name, default in re.findall(r"^\| \*\*(\w+)\*\* \| ([\d.]+) \|", table, re.MULTILINE):
         (entry,) = (entry for entry in schema.inputs if entry.id == name)
-        assert float(default) == entry.default, name
+        assert float(default) == float(entry.default), name
 
 
 def test_options_of_a_choice_are_all_explained(schema, page):
