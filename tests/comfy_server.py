@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 PACK = Path(__file__).parents[1]
-SHIPPED = ("__init__.py", "nodes", "pladis_core", "demo", "web", "pyproject.toml")
+SHIPPED = (
+    "__init__.py", "nodes", "pladis_core", "demo", "web", "locales", "example_workflows", "pyproject.toml",
+)  # fmt: skip
 # as a git clone of the repository names it: not a Python identifier
 PACK_FOLDER = "pladis-comfy"
 START_SECONDS, RUN_SECONDS = 120, 120
@@ -68,6 +70,10 @@ class Server:
     def get(self, path: str, data: bytes | None = None) -> bytes:
         with urllib.request.urlopen(self.url + path, data, timeout=30) as response:
             return response.read()
+
+    def set(self, name: str, value) -> None:
+        """One of the settings of its front end."""
+        self.get(f"/settings/{name}", json.dumps(value).encode())
 
     def run(self, workflow: dict) -> dict:
         """The history entry of a workflow: outputs, and status with the messages of the run."""

@@ -23,7 +23,8 @@ package.__path__ = [str(ROOT)]
 sys.modules.setdefault("pladis_pack", package)
 
 # test_hosts.py starts these for every ComfyUI, tests/host in its own Python
-collect_ignore = [] if "PLADIS_HOST" in os.environ else ["host", "web/test_nodes.py"]
+ON_A_HOST = ["host", *(f"web/test_{name}.py" for name in ("nodes", "workflows", "help"))]
+collect_ignore = [] if "PLADIS_HOST" in os.environ else ON_A_HOST
 if "PLADIS_HOST" not in os.environ:
     # `demo` and `benchmarks` are run from the root
     sys.path.insert(0, str(ROOT))

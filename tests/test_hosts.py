@@ -27,7 +27,7 @@ import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 FILES = sorted((ROOT / "tests" / "host").glob("test_*.py"))
-WEB = ROOT / "tests" / "web" / "test_nodes.py"
+WEB = [ROOT / "tests" / "web" / f"test_{name}.py" for name in ("nodes", "workflows", "help")]
 
 
 def host_path(host: str) -> Path:
@@ -53,7 +53,7 @@ def host_python(host: str, path: Path) -> str:
 def test_host(host, file, record_property):
     path = host_path(host)
     ours = "\n".join(p for p in sys.path if "site-packages" in p)
-    run([host_python(host, path), "-c", BOOTSTRAP, ours], host, path, file, record_property)
+    run([host_python(host, path), "-c", BOOTSTRAP, ours], host, path, [file], record_property)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -64,14 +64,15 @@ def test_web(host, record_property):
         pytest.skip("no browser: python -m playwright install chromium")
 
 
-def run(pytest_command: list[str], host: str, path: Path, file: Path, record_property) -> str:
+def run(pytest_command: list[str], host: str, path: Path, files: list[Path], record_property) -> str:
     result = subprocess.run(
-        [*pytest_command, "-q", "-p", "no:cacheprovider", str(file)],
+        [*pytest_command, "-q", "-p", "no:cacheprovider", *map(str, files)],
         env={**os.environ, "COMFYUI_PATH": str(path), "PLADIS_HOST": host},
         cwd=path,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, f"{result.stdout[-8000:]}\n{result.stderr[-4000:]}"
-    record_property("host", f"{host} ComfyUI, {file.name}: {result.stdout.strip().splitlines()[-1].strip('= ')}")
+    names = ", ".join(file.name for file in files)
+    record_property("host", f"{host} ComfyUI, {names}: {result.stdout.strip().splitlines()[-1].strip('= ')}")
     return result.stdout

@@ -83,10 +83,12 @@ def test_comfy_validates_the_pack(comfy):
 
 def test_the_zip_holds_what_runs(zipped):
     assert {"__init__.py", "pyproject.toml", "LICENSE", "README.md"} <= zipped
-    for folder in ("nodes", "pladis_core", "demo", "web"):
+    for folder in ("nodes", "pladis_core", "demo", "web", "locales", "example_workflows"):
         expected = {name for name in pack_files() if name.startswith(f"{folder}/")}
         expected -= {name for name in expected if name.startswith("demo/train")}
         assert expected and expected <= zipped
+    assert {"web/docs/PLADISApply.md", "web/docs/images/sweep.png", "locales/zh/nodeDefs.json"} <= zipped
+    assert {"example_workflows/pladis_demo.json", "example_workflows/pladis_demo.jpg"} <= zipped
     # the demo node needs them
     assert len([name for name in zipped if name.endswith(".safetensors")]) == 4
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Error, Page, sync_playwright
+from test_hosts import host_python
+
+from comfy_server import Server
 
 WEB = Path(__file__).parents[2] / "web"
 SYSTEM = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 # no request leaves for it: the pages of `modules` answer themselves
 ORIGIN = "http://pladis.test"
+RENDERERS = {"classic": False, "nodes-2": True}
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +52,29 @@ def modules(browser) -> Page:
     page.route(f"{ORIGIN}/**", answer)
     page.goto(f"{ORIGIN}/")
     return page
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    host = Path(os.environ["COMFYUI_PATH"])
+    python = host_python(os.environ["PLADIS_HOST"], host)
+    with Server(python, host, tmp_path_factory.mktemp("comfyui")) as running:
+        # a new user's dialog would be in the way
+        running.set("Comfy.TutorialCompleted", True)
+        yield running
+
+
+@pytest.fixture(scope="module", params=RENDERERS)
+def opened(request, server, browser) -> Page:
+    """ComfyUI's page in one of its renderers."""
+    server.set("Comfy.VueNodes.Enabled", RENDERERS[request.param])
+    page = browser.new_page(viewport={"width": 1600, "height": 960})
+    page.set_default_timeout(20_000)
+    page.renderer, page.errors = request.param, []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("console", lambda message: page.errors.extend(re.findall(".*already registered.*", message.text)))
+    page.goto(server.url)
+    page.wait_for_function("window.app?.extensions?.some(({ name }) => name === 'pladis.panels')")
+    page.wait_for_function("app.graph && app.extensionManager && 'PLADISApply' in LiteGraph.registered_node_types")
+    yield page
+    page.close()

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from playwright.sync_api import Locator, Page, expect
-from test_hosts import host_python
 
-from comfy_server import PACK_FOLDER, Server
+from comfy_server import PACK_FOLDER
 from pladis_core import entmax, pladis_weights
 
-RENDERERS = {"classic": False, "nodes-2": True}
 SCREENSHOTS = Path(__file__).parents[2] / "docs" / "screenshots"
 DEMO, BASIC, ADVANCED, CHECKPOINT, UNKNOWN = 1, 2, 3, 4, 5
 BLOCKS = ["d0", "d1", "m0", "u0", "u1", "u2", "u3"]
@@ -61,36 +58,6 @@ BUILD = """async (nodes) => {
     app.canvas.ds.offset = [0, 0];
     app.canvas.setDirty(true, true);
 }"""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    host = Path(os.environ["COMFYUI_PATH"])
-    python = host_python(os.environ["PLADIS_HOST"], host)
-    with Server(python, host, tmp_path_factory.mktemp("comfyui")) as running:
-        # a new user's dialog would be in the way
-        setting(running, "Comfy.TutorialCompleted", True)
-        yield running
-
-
-def setting(server: Server, name: str, value) -> None:
-    server.get(f"/settings/{name}", json.dumps(value).encode())
-
-
-@pytest.fixture(scope="module", params=RENDERERS)
-def opened(request, server, browser) -> Page:
-    """ComfyUI's page in one of its renderers."""
-    setting(server, "Comfy.VueNodes.Enabled", RENDERERS[request.param])
-    page = browser.new_page(viewport={"width": 1600, "height": 960})
-    page.set_default_timeout(20_000)
-    page.renderer, page.errors = request.param, []
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.on("console", lambda message: page.errors.extend(re.findall(".*already registered.*", message.text)))
-    page.goto(server.url)
-    page.wait_for_function("window.app?.extensions?.some(({ name }) => name === 'pladis.panels')")
-    page.wait_for_function("app.graph && app.extensionManager && 'PLADISApply' in LiteGraph.registered_node_types")
-    yield page
-    page.close()
 
 
 @pytest.fixture

@@ -1,0 +1,84 @@
+"""The example workflows, and their API format, as ComfyUI's front end makes it from the saved one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "example_workflows"
+# need no download
+RUN_HERE = ("pladis_demo", "pladis_sweep", "pladis_attention_map")
+NAMES = (
+    *RUN_HERE, "sd15_text_to_image", "sdxl_text_to_image", "sdxl_few_step", "flux_text_to_image", "wan_text_to_video",
+    "ipadapter_sdxl",
+)  # fmt: skip
+# nodes of other packs: their inputs, in the format of /object_info
+THIRD_PARTY = {
+    "comfyui_ipadapter_plus": {
+        "IPAdapterModelLoader": {
+            "input": {"required": {"ipadapter_file": [[]]}},
+            "output": ["IPADAPTER"],
+        },
+        "IPAdapterAdvanced": {
+            "input": {
+                "required": {
+                    "model": ["MODEL"],
+                    "ipadapter": ["IPADAPTER"],
+                    "image": ["IMAGE"],
+                    "weight": ["FLOAT"],
+                    "weight_type": [["linear"]],
+                    "combine_embeds": [["concat"]],
+                    "start_at": ["FLOAT"],
+                    "end_at": ["FLOAT"],
+                    "embeds_scaling": [["V only"]],
+                },
+                "optional": {"image_negative": ["IMAGE"], "attn_mask": ["MASK"], "clip_vision": ["CLIP_VISION"]},
+            },
+            "output": ["MODEL"],
+        },
+    },
+}
+NOTES = ("MarkdownNote",)
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
+def read(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def working(workflow: dict) -> list[dict]:
+    """Its nodes without the notes."""
+    return [node for node in workflow["nodes"] if node["type"] not in NOTES]
+
+
+def inputs_of(info: dict) -> dict[str, list]:
+    return {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+
+
+def widget_names(info: dict) -> list[str | None]:
+    """What the values of a saved node stand for, in their order; None for those that the front end keeps to itself."""
+    names: list[str | None] = []
+    for name, (kind, *options) in inputs_of(info).items():
+        if not isinstance(kind, list) and kind not in WIDGETS:
+            continue
+        names.append(name)
+        options = options[0] if options else {}
+        if options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed")):
+            names.append(None)
+        if options.get("image_upload"):
+            names.append(None)
+    return names
+
+
+def to_prompt(workflow: dict, object_info: dict) -> dict:
+    """The API format. Fails where a node's values are not as many as its widgets."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in working(workflow):
+        names = widget_names(object_info[node["type"]])
+        values = node.get("widgets_values", [])
+        assert len(values) == len(names), f"{node['type']}: {values} for {names}"
+        inputs = {name: value for name, value in zip(names, values, strict=True) if name is not None}
+        inputs.update({slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot["link"] is not None})
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
