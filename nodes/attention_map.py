@@ -17,7 +17,7 @@ FIGURES = {
     "zeros": ("pruned", "share of tokens that sparse attention gives exactly no weight"),
     "support": ("support", "tokens that keep a weight"),
     "negative": ("negative weight", "sum of the weights below zero after extrapolation"),
-    "length_ratio": ("length ratio", "length of the attention's output with PLADIS / without"),
+    "length_ratio": ("length ratio", "length of what attention takes from the text, with PLADIS / without"),
 }
 
 
@@ -39,7 +39,11 @@ class PLADISAttentionMap(io.ComfyNode):
                     tooltip="The model to look into, with or without Apply PLADIS: here it runs with the scale and "
                     "alpha below.",
                 ),
-                io.Conditioning.Input("positive", tooltip="The encoded prompt whose words are looked for."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The encoded prompt whose words are looked for. Of several combined the first, on the "
+                    "whole picture.",
+                ),
                 io.Latent.Input(
                     "latent",
                     tooltip="A finished latent, from a sampler or VAE Encode. It gets noise again up to percent. Of a "

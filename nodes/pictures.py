@@ -14,13 +14,13 @@ SEQUENTIAL = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255,
 DIVERGING = ((33, 102, 172), (247, 247, 247), (178, 24, 43))
 BACKGROUND, INK = (24, 24, 27), (235, 235, 235)
 LINE = 20
-LEAST_WIDTH = 256
+LEAST_WIDTH, MOST = 256, 512
 
 
 def colours(values: torch.Tensor, anchors: Sequence[tuple[int, int, int]]) -> torch.Tensor:
     """(H, W) from 0 to 1 -> (H, W, 3) from 0 to 1."""
     table = torch.tensor(anchors, dtype=torch.float32) / 255
-    place = values.clamp(0, 1) * (len(anchors) - 1)
+    place = values.nan_to_num(0.0).clamp(0, 1) * (len(anchors) - 1)
     low = place.floor().long().clamp(max=len(anchors) - 2)
     part = (place - low).unsqueeze(-1)
     return table[low] * (1 - part) + table[low + 1] * part
@@ -94,10 +94,10 @@ def draw_grid(cells: Sequence[torch.Tensor], labels: Sequence[str], columns: int
 
 
 def map_size(latent: tuple[int, int], image: torch.Tensor | None) -> tuple[int, int]:
-    """(H, W) at which to draw maps of a latent: eight pixels to a place, or as the image; wide enough for a legend."""
-    height, width = (8 * n for n in latent) if image is None else image.shape[1:3]
-    factor = max(1, -(-LEAST_WIDTH // width))
-    return max(height * factor, 16), width * factor
+    """(H, W) at which to draw maps of a latent: wide enough for a legend, at most `MOST` on the longer side."""
+    height, width = latent if image is None else image.shape[1:3]
+    factor = min(max(1.0 if image is not None else 8.0, LEAST_WIDTH / width), MOST / max(height, width))
+    return max(round(height * factor), 16), max(round(width * factor), LEAST_WIDTH // 2)
 
 
 def fitted(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

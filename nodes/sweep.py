@@ -7,13 +7,14 @@ progress and is cached: a list that grows by one scale samples that one alone.
 from __future__ import annotations
 
 import re
+import string
 
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 from typing_extensions import override
 
-from .hosting import samplers, schedulers
+from .hosting import concatenate, samplers, schedulers
 from .inputs import SEARCH_ALIASES
 from .pictures import draw_grid
 
@@ -127,7 +128,7 @@ def numbers(name: str, text: str, low: float, high: float) -> list[float]:
         ValueError: no number, not a number, or one outside [low, high].
     """
     found = []
-    for entry in re.split(r"[,;\s]+", text.strip(",; \n\t")):
+    for entry in re.split(r"[,;\s]+", text.strip(",;" + string.whitespace)):
         try:
             number = float(entry)
         except ValueError:
@@ -193,7 +194,7 @@ class PLADISSweepGrid(io.ComfyNode):
     @override
     def execute(cls, cells: tuple, columns: int) -> io.NodeOutput:
         latents, images, labels = zip(*cells, strict=True)
-        batch = {**latents[0], "samples": torch.cat([latent["samples"] for latent in latents])}
+        batch = {**latents[0], "samples": concatenate([latent["samples"] for latent in latents])}
         # of one cell
         batch.pop("batch_index", None)
         return io.NodeOutput(batch, draw_grid(images, labels, columns))

@@ -18,7 +18,8 @@ class LayerReport:
     """Means over the queries and heads of one layer.
 
     `zeros`: share of keys whose sparse weight is exactly 0; `support`: number of the others; `negative`: how much
-    weight below 0 a query's extrapolated weights hold in all; `length_ratio`: |output| / |output without PLADIS|.
+    weight below 0 a query's extrapolated weights hold in all; `length_ratio`: |output| / |output without PLADIS|, of
+    these keys alone.
     """
 
     zeros: float
@@ -87,4 +88,5 @@ def _figures(scores, dense, sparse, mixed, value) -> torch.Tensor:
     before, after = ((weights @ value).norm(dim=-1) for weights in (dense, mixed))
     ratio = after / before.clamp(min=torch.finfo(before.dtype).tiny)
     per_query = (1 - support / possible, support, -mixed.clamp(max=0).sum(-1), ratio)
-    return torch.stack([figure.double().sum() for figure in per_query]).cpu()
+    # in float64 only where the host's memory is: some GPUs have none
+    return torch.stack([figure.to(before.dtype).sum() for figure in per_query]).cpu().double()

@@ -111,7 +111,15 @@ function takePlace(node, root) {
 }
 
 function lookAtAll() {
-  followed.forEach((look) => look());
+  followed.forEach((look, root) => {
+    try {
+      look();
+    } catch (error) {
+      // the other panels go on
+      console.error("PLADIS: a panel stopped", error);
+      followed.delete(root);
+    }
+  });
   frame = followed.size && requestAnimationFrame(lookAtAll);
 }
 

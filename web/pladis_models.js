@@ -22,7 +22,7 @@ export function reportBlocks(node, blocks) {
 export function blocksAt(node) {
   const loader = loaderOf(node);
   const id = identity(node, loader);
-  if (reported.has(id)) return { id, blocks: reported.get(id).join(","), origin: "The blocks of this model." };
+  if (reported.has(id)) return { id, blocks: reported.get(id).join(","), origin: "The blocks at the last run." };
   const name = loader && nameOf(loader);
   if (!name) return { id, blocks: null, origin: "Queue once: then the blocks of this model are here." };
   const guess = loader.comfyClass === "PLADISDemoCheckpoint" ? "" : ", going by the file name; a run tells for sure";
@@ -35,11 +35,12 @@ function nameOf(loader) {
   return FILE_NAMES.find(([pattern]) => pattern.test(file ?? ""))?.[1];
 }
 
-/** The first node of the chain of MODEL links that ends at `node`; undefined when nothing is linked. */
+/** The first node of the chain of MODEL links that ends at `node`; undefined where it begins outside, as in a subgraph. */
 function loaderOf(node) {
   const seen = new Set();
   for (let next = modelSource(node); next && !seen.has(next); next = modelSource(next)) seen.add(next);
-  return [...seen].at(-1);
+  const first = [...seen].at(-1);
+  return first?.inputs?.some(({ type }) => type === "MODEL") ? undefined : first;
 }
 
 function modelSource(node) {

@@ -18,6 +18,10 @@ from .words import Word
 from .wrappers import apply_settings
 
 PATCHES = (1, 2, 4, 8, 16, 32)
+# in model_options (comfy/samplers.py), where PAG, SAG and others evaluate the model once more
+GUIDANCE_HOOKS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+# of a conditioning (comfy/samplers.py, get_area_and_mult)
+PLACE_AND_TIME = ("area", "mask", "set_area_to_bounds", "strength", "start_percent", "end_percent")
 
 
 @dataclass
@@ -46,12 +50,20 @@ class AttentionMaps:
             return
         target = (1, *self.latent[2:])[-2:]
         first = ahead if ahead >= 0 else q.shape[2] - math.prod(grid)
+        if first + math.prod(grid) > q.shape[2]:
+            # another pack merged places
+            return
         maps = maps[..., first : first + math.prod(grid)].unflatten(-1, grid).mean(-3)
         maps = torch.nn.functional.interpolate(maps, target, mode="bilinear", antialias=False).cpu()
         self.total = maps if self.total is None else self.total + maps
         self.layers_seen += 1
 
     def maps(self) -> torch.Tensor:
+        if not self.reports:
+            raise ValueError(
+                "No text attention ran in the chosen layers, so there is no map: another node skipped or replaced it. "
+                "Take the model before that node, or choose other layers."
+            )
         if self.total is None:
             raise ValueError(
                 "None of the chosen layers attends from the places of this latent to these tokens, so there is no map. "
@@ -77,13 +89,21 @@ def watch_attention(
     model, positive: list, latent: dict, percent: float, seed: int, settings: Settings, words: Sequence[Word],
     watched: frozenset[Layer],
 ) -> AttentionMaps:  # fmt: skip
-    """One evaluation of MODEL with PLADIS by `settings`, on the latent noised to `percent` of the schedule."""
+    """One evaluation of MODEL with PLADIS by `settings`, on the latent noised to `percent` of the schedule.
+
+    Of several conditionings the first, on the whole picture and at any percent; without guidance that evaluates the
+    model more often.
+    """
     image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     image = image if image.is_nested else image[:1]
     shape = tuple((image.unbind()[0] if image.is_nested else image).shape)
     watcher = AttentionMaps(words, shape, settings.scale, settings.alpha, watched)
     settings = Settings(settings.layers, settings.scale, settings.alpha, watch=watcher)
     model = apply_settings(model, settings)
+    for hook in GUIDANCE_HOOKS:
+        model.model_options.pop(hook, None)
+    context, options = positive[0]
+    positive = [[context, {key: value for key, value in options.items() if key not in PLACE_AND_TIME}]]
     sampling = model.get_model_object("model_sampling")
     sigma = min(max(float(sampling.percent_to_sigma(percent)), float(sampling.sigma_min)), float(sampling.sigma_max))
     comfy.sample.sample_custom(

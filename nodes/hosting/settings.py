@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from .layers import Layer
 
+TABLE_STEPS = 512
+_sigma_tables: WeakKeyDictionary[Any, list[float]] = WeakKeyDictionary()
 APPLY_TO = ("both", "positive", "negative")
 # how much of the way from scale to end_scale lies behind, at the part of the window that lies behind
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -108,8 +112,17 @@ class Settings:
 
 def percent_of(sigma: float, model_sampling) -> float:
     """The percent of the noise schedule at which it has `sigma`: percent_to_sigma, which falls, turned round."""
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if float(model_sampling.percent_to_sigma(middle)) > sigma else (low, middle)
-    return (low + high) / 2
+    table = _sigma_table(model_sampling)
+    # of the first interval's start some kinds have no finite sigma
+    index = min(max(bisect.bisect_left(table, -sigma), 1), TABLE_STEPS)
+    above, below = -table[index - 1], -table[index]
+    part = min(max((above - sigma) / (above - below), 0.0), 1.0) if above > below else 0.0
+    return (index - 1 + part) / TABLE_STEPS
+
+
+def _sigma_table(model_sampling) -> list[float]:
+    """-sigma at every percent i / TABLE_STEPS, rising. Once for each model_sampling: a sigma may lie on the GPU."""
+    if model_sampling not in _sigma_tables:
+        percents = (i / TABLE_STEPS for i in range(TABLE_STEPS + 1))
+        _sigma_tables[model_sampling] = [-float(model_sampling.percent_to_sigma(percent)) for percent in percents]
+    return _sigma_tables[model_sampling]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import NamedTuple
 
+MAX_WORDS = 32
+WEIGHT = re.compile(r":\s*-?[\d.]+\s*\)|embedding:\S+|<[^>]*>")
 POSITIONS = re.compile(r"#(\d+)(?:-#?(\d+))?")
 # encoders whose tokens come first where a model's context holds those of several (comfy/text_encoders/sd3_clip.py)
 FIRST = ("l", "g")
+
+
+class NotInPrompt(ValueError):
+    """The encoder splits the prompt without this word."""
 
 
 class Word(NamedTuple):
@@ -18,18 +25,27 @@ class Word(NamedTuple):
 
 
 def find_words(entries: str, prompt: str, clip, tokens: int) -> list[Word]:
-    """`entries`: words, or positions such as #5 or #3-7, with commas or line breaks between; empty for every word of
-    the prompt. `tokens` is the length of the encoded prompt.
+    """`entries`: words, or positions such as #5 or #3-7, with commas or line breaks between; empty for the words of
+    the prompt that are found. `tokens` is the length of the encoded prompt.
 
     Raises:
-        ValueError: a word that the prompt does not have, a position that it does not have, no CLIP to find words with.
+        ValueError: a word or a position that the prompt does not have, no CLIP to find words with, more than MAX_WORDS.
     """
     names = [name.strip() for name in re.split(r"[,\n]", entries) if name.strip()]
-    if not names:
-        names = list(dict.fromkeys(re.findall(r"\w[\w'-]*", re.sub(r":[\d.]+\)|embedding:\S+", " ", prompt))))
-    if not names:
+    if len(names) > MAX_WORDS:
+        raise ValueError(f"words: {len(names)} are more than {MAX_WORDS}, and each gets three pictures: name fewer.")
+    if names:
+        return [Word(name, _positions(name, prompt, clip, tokens)) for name in names]
+    found = []
+    for name in dict.fromkeys(re.findall(r"\w[\w'-]*", WEIGHT.sub(" ", prompt))):
+        try:
+            found.append(Word(name, _positions(name, prompt, clip, tokens)))
+        except NotInPrompt:
+            # punctuation in front of it can hide a word
+            continue
+    if not found:
         raise ValueError("words is empty, and so is prompt: name words or token positions such as #1 or #2-4.")
-    return [Word(name, _positions(name, prompt, clip, tokens)) for name in names]
+    return found[:MAX_WORDS]
 
 
 def _positions(name: str, prompt: str, clip, tokens: int) -> list[int]:
@@ -48,25 +64,43 @@ def _occurrences(name: str, prompt: str, clip, tokens: int) -> list[int]:
             f"words: to find {name!r}, connect clip and give prompt, the text that was encoded. Without them, name "
             "token positions such as #1 or #2-4."
         )
-    rows, empty = _rows(clip, prompt), _rows(clip, "")
+    rows = _rows(clip, prompt)
     found = set()
     for key, offset in _offsets(rows, tokens).items():
-        # inside a text, byte-pair encoders know a word by the space in front of it
-        for spelling in (name, " " + name):
-            word = _inner(_rows(clip, spelling)[key], empty[key])
-            found |= {
-                start + i + offset
-                for start in range(len(rows[key]) - len(word) + 1)
-                if word and rows[key][start : start + len(word)] == word
-                for i in range(len(word))
-            }
+        for word in _spellings(name, clip, key):
+            starts = [i for i in range(len(rows[key])) if rows[key][i : i + len(word)] == word]
+            for start in _of_whole_words(starts, name, prompt, clip, key):
+                found |= {start + i + offset for i in range(len(word))}
     found = sorted(position for position in found if 0 <= position < tokens)
     if not found:
-        raise ValueError(
+        raise NotInPrompt(
             f"words: {name!r} is not in the prompt {prompt!r} as this CLIP splits it. Spell it as the prompt does, or "
             f"name token positions, #0 to #{tokens - 1}."
         )
     return found
+
+
+def _spellings(name: str, clip, key: str) -> list[list]:
+    """A word's tokens at the start of a text, after a space and after punctuation: encoders tell these apart."""
+    empty = _rows(clip, "")[key]
+    alone, spaced = (_inner(_rows(clip, text)[key], empty) for text in (name, " " + name))
+    spellings = [alone, spaced]
+    with contextlib.suppress(ValueError):  # the demo model knows no quotation mark
+        quote, quoted = (_inner(_rows(clip, text)[key], empty) for text in ('"', f'"{name}'))
+        if quoted[: len(quote)] == quote:
+            spellings.append(quoted[len(quote) :])
+    return [word for word in spellings if word]
+
+
+def _of_whole_words(starts: list[int], name: str, prompt: str, clip, key: str) -> list[int]:
+    """Of the places where a word's tokens stand, those of the word itself: "ball" also ends "pokeball"."""
+    occurrences = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", prompt, re.IGNORECASE)]
+    if len(starts) <= 1 or not occurrences:
+        return starts
+    empty = _rows(clip, "")[key]
+    lead = next((i for i, (a, b) in enumerate(zip(_rows(clip, prompt)[key], empty, strict=False)) if a != b), 0)
+    before = (len(_inner(_rows(clip, prompt[:at])[key], empty)) + lead for at in occurrences)
+    return sorted({min(starts, key=lambda start: abs(start - expected)) for expected in before})
 
 
 def _rows(clip, text: str) -> dict[str, list]:

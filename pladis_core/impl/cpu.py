@@ -45,24 +45,29 @@ def library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
         return None
-    with tempfile.TemporaryDirectory(prefix="pladis") as folder:
-        target = str(Path(folder) / "cpu.so")
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="pladis") as folder:
+            target = str(Path(folder) / "cpu.so")
             subprocess.run(
                 [compiler, *FLAGS, str(SOURCE), "-o", target], check=True, capture_output=True, text=True, timeout=120
             )
             return ctypes.CDLL(target)
-        except (subprocess.SubprocessError, OSError) as error:
-            reason = next(iter((getattr(error, "stderr", None) or str(error)).splitlines()), "")
-            LOGGER.warning("PLADIS: %s cannot compile its CPU loop (%s): same images, slower.", compiler, reason)
-            return None
+    except (subprocess.SubprocessError, OSError) as error:
+        reason = next(iter((getattr(error, "stderr", None) or str(error)).splitlines()), "")
+        LOGGER.warning("PLADIS: %s cannot compile its CPU loop (%s): same images, slower.", compiler, reason)
+        return None
 
 
+# a trace would keep the addresses and free what lies there
+@torch.compiler.disable
 def usable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     dtype = compute_dtype(query.dtype, key.dtype, value.dtype)
-    return query.device.type == "cpu" and dtype == torch.float32 and library() is not None
+    # a fake tensor has no address
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (query, key, value))
+    return plain and query.device.type == "cpu" and dtype == torch.float32 and library() is not None
 
 
+@torch.compiler.disable
 def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """As `attend` of impl/eager.py."""
     batch, heads, queries, width = query.shape
@@ -70,6 +75,8 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     out = query.new_empty(batch, queries, heads, value_width, dtype=torch.float32).transpose(1, 2)
     if out.numel() == 0 or keys == 0:
         return out.zero_().to(query.dtype)
+    # as the loop sees it: an alpha that is 1 there must be 1 here
+    alpha = ctypes.c_float(alpha).value
     loop = library()
     block = loop.pladis_columns()
     query_rows = query.detach().float()

@@ -115,6 +115,38 @@ def test_a_compiler_that_fails_is_reported_once(no_library_yet, monkeypatch, cap
     ]
 
 
+def test_without_a_temporary_folder(no_library_yet, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(cpu.tempfile, "TemporaryDirectory", full)
+    inputs = [torch.randn(1, 2, n, 16) for n in (40, 77, 77)]
+    out = pladis_attention(*inputs, backend="eager")
+    assert torch.equal(out, pladis_attention(*inputs, backend="portable"))
+    assert "No usable temporary directory" in caplog.text
+
+
+@pytest.mark.parametrize("alpha", (1 + 1e-12, 1 + 1e-9, 1 + 1e-8, 1 + 1e-7, 1 + 1e-5))
+def test_alpha_just_above_one_is_softmax(alpha):
+    scores = torch.randn(50, 77) * 3
+    assert (weights_of(scores, alpha, 2.0) - scores.double().softmax(-1)).abs().max() <= 1e-4
+
+
+def test_inside_torch_compile_it_stays_outside_the_graph():
+    inputs = [torch.randn(1, 2, n, 16) for n in (40, 77, 77)]
+    compiled = torch.compile(lambda q, k, v: pladis_attention(q * 1, k, v, backend="eager") * 2, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(*inputs), pladis_attention(*inputs, backend="portable") * 2)
+
+
+def test_tensors_without_storage_go_another_way():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        out = pladis_attention(*(torch.randn(1, 2, n, 16) for n in (40, 77, 77)), backend="eager")
+    assert out.shape == (1, 2, 40, 16)
+
+
 def test_a_compiler_that_hangs_is_given_up(no_library_yet, monkeypatch, caplog):
     def hang(*args, **kwargs):
         raise subprocess.TimeoutExpired("g++", 120)

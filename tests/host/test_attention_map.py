@@ -230,3 +230,52 @@ def test_a_real_tokenizer_with_weights(tmp_path):
     assert bird.positions[0] == 5
     (long,) = find_words("quality", "word " * 90 + "quality", clip, 154)
     assert long.positions and long.positions[0] > 77
+    (ball,) = find_words("ball", "a blue pokeball and a ball", clip, 77)
+    assert ball.positions == [7]
+    twice, red = find_words("ball, red", "a (red: 1.3) ball, \"red\" [ball]", clip, 77)
+    assert len(twice.positions) == len(red.positions) == 2
+    labels = [word.label for word in find_words("", "(red:-0.5) cat <lora:foo:0.8>, 'x'", clip, 77)]
+    assert labels[:2] == ["red", "cat"]
+
+
+def test_a_t5_tokenizer_and_punctuation():
+    import comfy.text_encoders.flux
+
+    clip = SimpleNamespace(tokenize=comfy.text_encoders.flux.FluxTokenizer().tokenize_with_weights)
+    for prompt, word in (
+        ('a neon sign saying "HELLO" in the rain', "HELLO"),
+        ("a red/blue ball", "blue"),
+        ("[[dog]] and a cat", "dog"),
+    ):
+        (found,) = find_words(word, prompt, clip, 256)
+        assert found.positions, prompt
+        assert find_words("", prompt, clip, 256)
+
+
+def test_only_the_first_of_several_conditionings_counts_and_on_the_whole_picture():
+    model, other = tiny.patcher("SD15"), tiny.prompt(13, tokens=154)
+    expected = run(model)[0]
+    assert torch.equal(run(model, [*tiny.POSITIVE, *other])[0], expected)
+    context, options = tiny.POSITIVE[0]
+    for extra in ({"area": (4, 4, 4, 4)}, {"start_percent": 0.5, "end_percent": 1.0}, {"mask": torch.ones(1, 8, 8)}):
+        assert torch.equal(run(model, [[context, {**options, **extra}]])[0], expected)
+
+
+def test_guidance_that_evaluates_the_model_again_is_left_out():
+    import comfy_extras.nodes_sag
+
+    model = tiny.patcher("SD15")
+    guided = comfy_extras.nodes_sag.SelfAttentionGuidance.execute(model, 0.5, 2.0).result[0]
+    assert torch.equal(run(guided)[0], run(model)[0])
+
+
+def test_many_words_and_large_latents_stay_small():
+    maps, _, _ = run(tiny.patcher("SD15"), latent={"samples": torch.randn(1, 4, 8, 100)}, words="#1")
+    assert max(maps.shape[1:3]) <= 512 + 60
+    with pytest.raises(ValueError, match="more than 32"):
+        run(tiny.patcher("SD15"), words=",".join(f"#{i}" for i in range(1, 40)))
+
+
+def test_nan_is_drawn():
+    latent = {"samples": torch.full((1, 4, 8, 8), torch.nan)}
+    assert run(tiny.patcher("SD15"), latent=latent)[0].isfinite().all()

@@ -407,5 +407,5 @@ def test_a_queued_workflow_shows_its_picture_and_the_models_own_blocks(page):
         picture = page.locator("[data-node-id='15'] img")
         expect(picture).to_be_visible()
         assert picture.evaluate("(image) => image.naturalWidth") == 64
-    expect(picker(page, ADVANCED)).to_contain_text("The blocks of this model.")
+    expect(picker(page, ADVANCED)).to_contain_text("The blocks at the last run.")
     assert picker(page, ADVANCED).locator("button.block").all_text_contents() == BLOCKS

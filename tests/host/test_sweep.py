@@ -1,0 +1,41 @@
+"""The parts of PLADIS Sweep that need no server; test_server.py runs it in one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfy.nested_tensor import NestedTensor
+
+from pladis_pack.nodes.sweep import PLADISSweepCell, PLADISSweepGrid, numbers
+
+
+def collect(latents: list, images: list) -> tuple:
+    cells = {}
+    for number, (latent, image) in enumerate(zip(latents, images, strict=True)):
+        (before,) = PLADISSweepCell.execute({"samples": latent}, image, f"cell {number}", **cells).result
+        cells = {"before": before}
+    return cells["before"]
+
+
+def test_latents_of_a_video_with_sound_stay_two_tensors():
+    latents = [NestedTensor([torch.full((1, 4, 2, 3, 3), float(i)), torch.full((1, 2, 5), float(i))]) for i in range(3)]
+    batch, grid = PLADISSweepGrid.execute(collect(latents, [torch.rand(2, 16, 16, 3)] * 3), 3).result
+    video, sound = batch["samples"].unbind()
+    assert video[:, 0, 0, 0, 0].tolist() == sound[:, 0, 0].tolist() == [0.0, 1.0, 2.0]
+    # a grid for every frame
+    assert grid.shape[0] == 2
+
+
+def test_cells_stay_in_order_and_the_grid_holds_them():
+    images = [torch.full((1, 100, 120, 3), i / 4) for i in range(4)]
+    latents = [torch.full((1, 4, 2, 2), float(i)) for i in range(4)]
+    batch, grid = PLADISSweepGrid.execute(collect(latents, images), 2).result
+    assert batch["samples"][:, 0, 0, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert grid.shape == (1, 2 * 124 + 4, 2 * 124 + 4, 3)
+    centres = [grid[0, y, x, 0] for y in (74, 198) for x in (64, 188)]
+    assert [round(float(c) * 4) for c in centres] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ("0, 1.5,2", " 0;1.5 2\r\n", "0,1.5,2,,", "0 0 1.5 2"))
+def test_lists_are_read_as_people_write_them(text):
+    assert numbers("scales", text, 0.0, 10.0) == [0.0, 1.5, 2.0]
