@@ -66,6 +66,7 @@ def test_it_is_queued_as_the_file_says(opened, loaded, object_info):
 @pytest.mark.parametrize("loaded", RUN_HERE, indirect=True)
 def test_the_demo_models_workflows_have_their_pictures(opened, loaded):
     shows = [node["id"] for node in loaded["nodes"] if node["type"] in ("SaveImage", "PreviewImage")]
+    assert opened.evaluate("(ids) => ids.every((id) => !app.nodeOutputs[id])", shows)
     opened.evaluate("app.queuePrompt(0)")
     opened.wait_for_function(
         "(ids) => ids.every((id) => app.nodeOutputs[id]?.images?.length)", arg=shows, timeout=60_000
