@@ -17,7 +17,7 @@ from pladis_core import entmax, pladis_weights
 SCREENSHOTS = Path(__file__).parents[2] / "docs" / "screenshots"
 DEMO, BASIC, ADVANCED, CHECKPOINT, UNKNOWN = 1, 2, 3, 4, 5
 BLOCKS = ["d0", "d1", "m0", "u0", "u1", "u2", "u3"]
-VALUES = {BASIC: [2, 1.5, 0, 1], ADVANCED: [2, 1.5, 0, 1, "all", "", "both", False]}
+VALUES = {BASIC: [2, 1.5, 0, 1], ADVANCED: [2, 1.5, 0, 1, "all", "", "both", False, "constant", 0, 0]}
 # node id: class, position, values, {input: [node, output]}
 PANELS = {
     DEMO: ("PLADISDemoCheckpoint", (80, 130), {}, {}),
@@ -380,7 +380,8 @@ def test_a_saved_workflow_holds_the_inputs_alone_and_loads_as_it_was(page):
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
     assert set(prompt[str(BASIC)]["inputs"]) == {"model", "scale", "alpha", "start_percent", "end_percent"}
     assert set(prompt[str(ADVANCED)]["inputs"]) == {
-        *prompt[str(BASIC)]["inputs"], "layers", "blocks", "apply_to", "force_unknown"
+        *prompt[str(BASIC)]["inputs"], "layers", "blocks", "apply_to", "force_unknown",
+        "scale_schedule", "end_scale", "norm_cap",
     }  # fmt: skip
 
 
