@@ -34,6 +34,8 @@ struct Problem {
 
 // below it 1 + x forgets the digits of x that entmax near softmax needs
 static const float SMALL_ALPHA = 1.05f;
+// sums of weights are about 1, and 0 where all is masked: then no lambda may make the quotient infinite
+static const float LEAST_SUM = 1e-20f;
 static const float TINY = 1.17549435e-38f, LARGE = 3.40282347e38f, LOWEST_EXP = -87.3365f;
 
 // one number per query of a tile
@@ -268,7 +270,7 @@ static void mix(const Problem &p, row *s, row *w, row *slopes, row peak, const f
             float part = expf(((float *)&peak)[i] + logf(own) - lse);
             return own == 0.0f ? 0.0f : part > 1.0f ? 1.0f : part;
         });
-    row on_dense = mass * p.dense / at_least(total, TINY), on_sparse = mass * p.sparse / at_least(sum, TINY);
+    row on_dense = mass * p.dense / at_least(total, LEAST_SUM), on_sparse = mass * p.sparse / at_least(sum, LEAST_SUM);
     for (int64_t k = 0; k < p.keys; k++) s[k] = entmax ? on_dense * s[k] + on_sparse * w[k] : on_dense * s[k];
 }
 

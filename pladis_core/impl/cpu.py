@@ -58,16 +58,16 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-# a trace would keep the addresses and free what lies there
-@torch.compiler.disable
 def usable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        # a trace would keep the addresses and free what lies there
+        return False
     dtype = compute_dtype(query.dtype, key.dtype, value.dtype)
     # a fake tensor has no address
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (query, key, value))
     return plain and query.device.type == "cpu" and dtype == torch.float32 and library() is not None
 
 
-@torch.compiler.disable
 def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """As `attend` of impl/eager.py."""
     batch, heads, queries, width = query.shape

@@ -26,6 +26,8 @@ CPU_BUFFER_BYTES = 5 << 19
 DEVICE_BUFFER_BYTES = 8 << 20
 # by how much the buffer shrinks where memory runs out
 SHRINK = 8
+# sums of weights are about 1, and 0 where all is masked: then no lambda may make the quotient infinite
+LEAST_SUM = 1e-20
 
 
 class Scratch:
@@ -116,15 +118,14 @@ def _mix(
     scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same on centred scores, in one of the two buffers, and the sum of their exponentials; it overwrites both."""
-    tiny = torch.finfo(scores.dtype).tiny
     if alpha == 1.0:
         dense, sparse = dense + sparse, 0.0
     if sparse != 0.0:
         total = entmax_numerators(scores, alpha, dim, weights)
-        weights.mul_(sparse / total.clamp_(min=tiny))
+        weights.mul_(sparse / total.clamp_(min=LEAST_SUM))
     softmax = scores.exp_()
     softmax_sum = softmax.sum(dim, keepdim=True)
-    factor = dense / softmax_sum.clamp(min=tiny)
+    factor = dense / softmax_sum.clamp(min=LEAST_SUM)
     return (softmax.mul_(factor) if sparse == 0.0 else weights.addcmul_(softmax, factor)), softmax_sum
 
 

@@ -153,9 +153,10 @@ def test_a_query_with_every_key_masked_gets_zero(low, alpha, backend):
     query, key, value = tensors("odd")
     mask = torch.zeros(63, 7) if low is not False else torch.ones(63, 7, dtype=torch.bool)
     mask[5] = low
-    out = pladis_attention(query, key, value, mask, alpha=alpha, backend=backend)
-    assert (out[:, :, 5] == 0).all()
-    assert out.isfinite().all()
+    for lam in (2.0, -3.0, 1e6):
+        out = pladis_attention(query, key, value, mask, lam=lam, alpha=alpha, backend=backend)
+        assert (out[:, :, 5] == 0).all()
+        assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -132,7 +132,7 @@ def test_alpha_just_above_one_is_softmax(alpha):
     assert (weights_of(scores, alpha, 2.0) - scores.double().softmax(-1)).abs().max() <= 1e-4
 
 
-def test_inside_torch_compile_it_stays_outside_the_graph():
+def test_inside_torch_compile_the_portable_backend_serves():
     inputs = [torch.randn(1, 2, n, 16) for n in (40, 77, 77)]
     compiled = torch.compile(lambda q, k, v: pladis_attention(q * 1, k, v, backend="eager") * 2, backend="eager")
     for _ in range(2):
