@@ -11,7 +11,6 @@ import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models as supported
-import entmax
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 
@@ -149,6 +148,8 @@ def apply(model, **options):
 
 def oracle_attention(module):
     """CrossAttention.forward with PLADIS written out in float64 on the entmax package."""
+    # not every user of this module has it
+    import entmax
 
     def forward(x, context=None, value=None, mask=None, transformer_options=None):
         q, k, v = module.to_q(x), module.to_k(context), module.to_v(context if value is None else value)
