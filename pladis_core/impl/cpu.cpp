@@ -1,7 +1,7 @@
 // PLADIS attention for a CPU: a tile of queries goes through scores, softmax, entmax, mix and product with V in cache.
 //
-// The lanes of a vector are neighbouring queries, so that no reduction over keys crosses lanes. The threshold is found as
-// in eager.py, whose docstring has the mathematics. Compiled by cpu.py for the machine it runs on.
+// The lanes of a vector are neighbouring queries, so that no reduction over keys crosses lanes. The threshold is found
+// as in eager.py, whose docstring has the mathematics. Compiled by cpu.py for the machine it runs on.
 
 #include <math.h>
 #include <stdint.h>
@@ -161,7 +161,8 @@ static inline void block(const float *a, int64_t ai, int64_t ak, const float *b,
 static void scores(const float *key, int64_t keys, const float *q, int64_t width, float *s) {
     enum { R = 4 };
     if (keys < R)
-        for (int64_t k = 0; k < keys; k++) block<1, WIDTH>(key + k * width, width, 1, q, TILE, width, s + k * TILE, TILE);
+        for (int64_t k = 0; k < keys; k++)
+            block<1, WIDTH>(key + k * width, width, 1, q, TILE, width, s + k * TILE, TILE);
     else
         for (int64_t i = 0; i < keys; i += R) {
             int64_t k = i + R <= keys ? i : keys - R;

@@ -158,12 +158,14 @@ def test_200_runs_leak_neither_memory_nor_state(server, record_property):
     ]
     first = [pixels(server, graph(inputs)) for inputs in settings[:5]]
     memory = []
-    for number in range(200):
+    # on the oldest host fewer: what is tested is this pack's memory, not the host's
+    count = 200 if os.environ["PLADIS_HOST"] == "newest" else 80
+    for number in range(count):
         assert server.run(graph(settings[number % len(settings)]))["status"]["status_str"] == "success"
-        if number >= 50:
+        if number >= count // 4:
             memory.append(resident_mib(server))
     growth = sum(memory[-30:]) / 30 - sum(memory[:30]) / 30
-    record_property("host", f"resident memory grew by {growth:.1f} MiB over the last 120 of 200 runs")
+    record_property("host", f"resident memory grew by {growth:.1f} MiB over the last three quarters of {count} runs")
     # 9 MB of weights, 64 x 64 pictures: one model or its activations left behind per run would be hundreds of MiB
     assert growth < 30, memory
     assert [pixels(server, graph(inputs)) for inputs in settings[:5]] == first
