@@ -78,11 +78,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
     parser.add_argument("--alpha", type=float, nargs="+", default=[1.5], help="one candidate each (default: 1.5)")
     parser.add_argument("--peer", type=Path, help="a checkout of sd-perturbed-attention")
+    parser.add_argument("--pytorch-attention", action="store_true", help="as ComfyUI's --use-pytorch-cross-attention")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error("--repeats must be at least 2: quartiles are printed")
-    import_host()
+    import_host(["--use-pytorch-cross-attention"] if args.pytorch_attention else [])
 
     base = build(LAYOUTS[args.layout])
     models = candidates(base, args.alpha, args.peer)
@@ -104,8 +105,8 @@ def main() -> None:
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def import_host() -> None:
-    """ComfyUI and this pack, importable; ComfyUI's own arguments stay at their defaults (--cpu without a GPU)."""
+def import_host(arguments: list[str]) -> None:
+    """ComfyUI and this pack, importable; ComfyUI's other arguments stay at their defaults (--cpu without a GPU)."""
     path = Path(os.environ.get("COMFYUI_PATH") or "~/comfy/ComfyUI").expanduser()
     if not (path / "main.py").is_file():
         sys.exit(f"no ComfyUI at {path}: set $COMFYUI_PATH")
@@ -115,7 +116,7 @@ def import_host() -> None:
     sys.modules["pladis_pack"] = package
     import torch
 
-    ours, sys.argv = sys.argv, ["main.py", *([] if torch.cuda.is_available() else ["--cpu"])]
+    ours, sys.argv = sys.argv, ["main.py", *arguments, *([] if torch.cuda.is_available() else ["--cpu"])]
     importlib.import_module("comfy.options").enable_args_parsing()
     importlib.import_module("comfy.cli_args")
     sys.argv = ours
