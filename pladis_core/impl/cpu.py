@@ -40,7 +40,7 @@ class Problem(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def compiled_loop() -> ctypes.CDLL | None:
     """The compiled loop; None where there is no GCC for it, and, with one log line, where GCC or the loader fails."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
@@ -65,7 +65,7 @@ def usable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     dtype = compute_dtype(query.dtype, key.dtype, value.dtype)
     # a fake tensor has no address
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (query, key, value))
-    return plain and query.device.type == "cpu" and dtype == torch.float32 and library() is not None
+    return plain and query.device.type == "cpu" and dtype == torch.float32 and compiled_loop() is not None
 
 
 def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
@@ -77,7 +77,7 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
         return out.zero_().to(query.dtype)
     # as the loop sees it: an alpha that is 1 there must be 1 here
     alpha = ctypes.c_float(alpha).value
-    loop = library()
+    loop = compiled_loop()
     block = loop.pladis_columns()
     query_rows = query.detach().float()
     query_rows = query_rows if query_rows.stride(-1) == 1 else query_rows.contiguous()

@@ -13,14 +13,14 @@ from test_entmax import ALPHAS, hard_scores, oracle
 from pladis_core import pladis_attention
 from pladis_core.impl import cpu
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no GCC on this system: the portable backend serves")
+pytestmark = pytest.mark.skipif(cpu.compiled_loop() is None, reason="no GCC on this system: the portable backend serves")
 
 
 @pytest.fixture
-def no_library_yet():
-    cpu.library.cache_clear()
+def not_compiled_yet():
+    cpu.compiled_loop.cache_clear()
     yield
-    cpu.library.cache_clear()
+    cpu.compiled_loop.cache_clear()
 
 
 def weights_of(scores: torch.Tensor, alpha: float, lam: float = 1.0) -> torch.Tensor:
@@ -91,16 +91,16 @@ def test_threads_do_not_change_a_bit():
     assert torch.equal(results[0], results[2])
 
 
-def test_without_a_compiler_nothing_is_said(no_library_yet, monkeypatch, caplog):
+def test_without_a_compiler_nothing_is_said(not_compiled_yet, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     inputs = [torch.randn(1, 2, n, 16) for n in (40, 77, 77)]
     out = pladis_attention(*inputs, backend="eager")
-    assert cpu.library() is None
+    assert cpu.compiled_loop() is None
     assert torch.equal(out, pladis_attention(*inputs, backend="portable"))
     assert not caplog.records
 
 
-def test_a_compiler_that_fails_is_reported_once(no_library_yet, monkeypatch, caplog, tmp_path):
+def test_a_compiler_that_fails_is_reported_once(not_compiled_yet, monkeypatch, caplog, tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho 'cannot find as' >&2\nexit 1\n")
     compiler.chmod(0o755)
@@ -115,7 +115,7 @@ def test_a_compiler_that_fails_is_reported_once(no_library_yet, monkeypatch, cap
     ]
 
 
-def test_without_a_temporary_folder(no_library_yet, monkeypatch, caplog):
+def test_without_a_temporary_folder(not_compiled_yet, monkeypatch, caplog):
     def full(*args, **kwargs):
         raise FileNotFoundError("No usable temporary directory found")
 
@@ -147,11 +147,11 @@ def test_tensors_without_storage_go_another_way():
     assert out.shape == (1, 2, 40, 16)
 
 
-def test_a_compiler_that_hangs_is_given_up(no_library_yet, monkeypatch, caplog):
+def test_a_compiler_that_hangs_is_given_up(not_compiled_yet, monkeypatch, caplog):
     def hang(*args, **kwargs):
         raise subprocess.TimeoutExpired("g++", 120)
 
     monkeypatch.setattr(cpu.subprocess, "run", hang)
     with caplog.at_level(logging.WARNING):
-        assert cpu.library() is None
+        assert cpu.compiled_loop() is None
     assert "timed out" in caplog.text
