@@ -13,7 +13,7 @@ from test_entmax import ALPHAS, hard_scores, oracle
 from pladis_core import pladis_attention
 from pladis_core.impl import cpu
 
-pytestmark = pytest.mark.skipif(cpu.compiled_loop() is None, reason="no GCC on this system: the portable backend serves")
+pytestmark = pytest.mark.skipif(cpu.compiled_loop() is None, reason="no GCC here: the portable backend serves")
 
 
 @pytest.fixture
