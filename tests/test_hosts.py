@@ -27,6 +27,9 @@ import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 FILES = sorted((ROOT / "tests" / "host").glob("test_*.py"))
+# about our fixtures and about samplers, which do not differ between hosts: for time, on the newest alone
+NEWEST_ALONE = ("test_family_fixtures", "test_distilled")
+PAIRS = [(host, file) for host in HOSTS for file in FILES if host == "newest" or file.stem not in NEWEST_ALONE]
 WEB = [ROOT / "tests" / "web" / f"test_{name}.py" for name in ("nodes", "workflows", "help")]
 
 
@@ -48,8 +51,7 @@ def host_python(host: str, path: Path) -> str:
     pytest.fail(f"{path} has no .venv: set $COMFYUI_PYTHON to the Python that runs this ComfyUI")
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(("host", "file"), PAIRS, ids=[f"{host}-{file.stem}" for host, file in PAIRS])
 def test_host(host, file, record_property):
     path = host_path(host)
     ours = "\n".join(p for p in sys.path if "site-packages" in p)
