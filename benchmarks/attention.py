@@ -1,9 +1,9 @@
 """Time and memory of PLADIS attention against torch's softmax attention, the named baseline of every ratio.
 
-Candidates: our fused kernel (`triton`, where it runs), our portable `eager`, the `reference` on the `entmax` package
-(exact at alpha 1.5 and 2), the same formula on the package's `bisection`, and on `adasplash`'s row kernel where that is
-installed. All run in turns, so that a busy machine slows all of them; ratios are taken within a turn. Needs
-`pip install -e ".[demo]"`.
+Candidates: our fused kernel (`triton`, where it runs), `eager` (on a CPU with GCC the loop in C++, else as the next),
+`portable` PyTorch, the `reference` on the `entmax` package (exact at alpha 1.5 and 2), the same formula on the
+package's `bisection`, and on `adasplash`'s row kernel where that is installed. All run in turns, so that a busy
+machine slows all of them; ratios are taken within a turn. Needs `pip install -e ".[demo]"`.
 """
 
 from __future__ import annotations

@@ -44,7 +44,10 @@ def find_words(entries: str, prompt: str, clip, tokens: int) -> list[Word]:
             # punctuation in front of it can hide a word
             continue
     if not found:
-        raise ValueError("words is empty, and so is prompt: name words or token positions such as #1 or #2-4.")
+        raise ValueError(
+            f"words is empty, and no word of the prompt {prompt!r} is found: name words, or token positions such as #1 "
+            "or #2-4."
+        )
     return found[:MAX_WORDS]
 
 

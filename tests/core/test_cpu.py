@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 from test_attention import definition
-from test_entmax import ALPHAS, hard_scores, oracle
+from test_entmax import ALPHAS, clusters, hard_scores, oracle
 
 from pladis_core import pladis_attention
 from pladis_core.impl import cpu
@@ -43,9 +43,7 @@ def test_weights_match_the_entmax_package(alpha, keys):
 @pytest.mark.parametrize("keys", (20, 77, 600))
 @pytest.mark.parametrize("alpha", (1.25, 1.5, 1.7, 1.95, 2.0))
 def test_one_peak_over_a_cluster_of_nearly_equal_scores(alpha, keys):
-    for depth in (0.05, 0.3, 0.7, 0.95):
-        cluster = -depth / (alpha - 1) - torch.rand(64, keys - 1) * 1e-4
-        scores = torch.cat([torch.zeros(64, 1), cluster], 1)
+    for scores in clusters(alpha, keys):
         assert (weights_of(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
 
 

@@ -32,6 +32,13 @@ def hard_scores(rows: int, keys: int) -> torch.Tensor:
     return scores
 
 
+def clusters(alpha: float, keys: int):
+    """One peak over nearly equal scores, from just below it to just above where entmax prunes."""
+    for depth in (0.05, 0.3, 0.7, 0.95):
+        cluster = -depth / (alpha - 1) - torch.rand(64, keys - 1) * 1e-4
+        yield torch.cat([torch.zeros(64, 1), cluster], 1)
+
+
 @pytest.mark.parametrize("keys", SIZES)
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_matches_the_entmax_package(alpha, keys):
@@ -43,9 +50,7 @@ def test_matches_the_entmax_package(alpha, keys):
 @pytest.mark.parametrize("alpha", (1.25, 1.5, 1.7, 1.95, 2.0))
 def test_one_peak_over_a_cluster_of_nearly_equal_scores(alpha, keys):
     """A start token and padding: the rounding of a threshold counts once per key of the support."""
-    for depth in (0.05, 0.3, 0.7, 0.95):
-        cluster = -depth / (alpha - 1) - torch.rand(64, keys - 1) * 1e-4
-        scores = torch.cat([torch.zeros(64, 1), cluster], 1)
+    for scores in clusters(alpha, keys):
         assert (entmax(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
 
 
