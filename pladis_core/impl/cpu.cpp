@@ -1,12 +1,15 @@
 // PLADIS attention for a CPU: a tile of queries goes through scores, softmax, entmax, mix and product with V in cache.
 //
 // The lanes of a vector are neighbouring queries, so that no reduction over keys crosses lanes. The threshold is found
-// as in eager.py, whose docstring has the mathematics. Compiled by cpu.py for the machine it runs on.
+// as in eager.py, whose docstring has the mathematics, but a vector takes no more steps once one was small enough.
+// Compiled by cpu.py for the machine it runs on.
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include <utility>
 
 #if defined(__AVX512F__)
 enum { LANES = 16 };
@@ -15,8 +18,8 @@ enum { LANES = 8 };
 #else
 enum { LANES = 4 };
 #endif
-// vectors of queries in a tile; value columns that a block of the second product holds in registers
-enum { WIDTH = 3, TILE = WIDTH * LANES, COLUMNS = 2 * LANES };
+// vectors of queries in a tile; value columns that a block of the second product holds in registers; cpu.py: quick_power
+enum { WIDTH = 3, TILE = WIDTH * LANES, COLUMNS = 2 * LANES, QUICK_TERMS = 8 };
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -28,59 +31,33 @@ struct Problem {
     float *out;
     int64_t batch, heads, kv_heads, queries, keys, width, value_width, columns;
     int64_t query_stride[3], mask_stride[4], row_lse_stride[3], out_stride[3];
-    int64_t steps, threads;
-    float alpha, dense, sparse;
+    int64_t steps, threads, squarings;
+    float alpha, dense, sparse, quick[QUICK_TERMS];
 };
 
-// below it 1 + x forgets the digits of x that entmax near softmax needs
-static const float SMALL_ALPHA = 1.05f;
+// below it 1 + x forgets the digits of x that entmax near softmax needs; below the other, any power of it is useless
+static const float SMALL_ALPHA = 1.05f, LEAST_QUICK_ALPHA = 1.002f;
 // sums of weights are about 1, and 0 where all is masked: then no lambda may make the quotient infinite
 static const float LEAST_SUM = 1e-20f;
 static const float TINY = 1.17549435e-38f, LARGE = 3.40282347e38f, LOWEST_EXP = -87.3365f;
 
-// one number per query of a tile
-struct row {
-    vec v[WIDTH];
-};
+// comparisons are written so that NaN stays, and is not waited for
+static inline vec larger(vec a, vec b) { return b < a ? a : b; }
+static inline vec at_least(vec x, float low) { return larger(low - vec{}, x); }
+static inline bool any_above(vec x, float limit) {
+    ivec above = x > limit;
+    int64_t parts[LANES / 2], any = 0;
+    memcpy(parts, &above, sizeof parts);
+    for (int64_t part : parts) any |= part;
+    return any != 0;
+}
 
+// f of every single lane
 template <class F>
-static inline row map(F f) {
-    row r;
-    for (int i = 0; i < WIDTH; i++) r.v[i] = f(i);
-    return r;
-}
-static inline row fill(float x) {
-    return map([&](int) { return vec{} + x; });
-}
-#define OPERATOR(op)                                                                              \
-    static inline row operator op(row a, row b) { return map([&](int i) { return a.v[i] op b.v[i]; }); } \
-    static inline row operator op(row a, float b) { return map([&](int i) { return a.v[i] op b; }); }
-OPERATOR(+) OPERATOR(-) OPERATOR(*) OPERATOR(/)
-#undef OPERATOR
-
-// comparisons are written so that NaN stays
-static inline vec at_least(vec x, float low) { return x < low ? vec{} + low : x; }
-static inline row at_least(row x, float low) {
-    return map([&](int i) { return at_least(x.v[i], low); });
-}
-static inline row larger(row a, row b) {
-    return map([&](int i) { return b.v[i] < a.v[i] ? a.v[i] : b.v[i]; });
-}
-
-static inline bool same(row a, row b) {
-    ivec equal = a.v[0] == b.v[0];
-    for (int i = 1; i < WIDTH; i++) equal &= a.v[i] == b.v[i];
-    int all = -1;
-    for (int l = 0; l < LANES; l++) all &= equal[l];
-    return all;
-}
-
-// f of every single number
-template <class F>
-static inline row each(F f) {
-    row r;
-    for (int i = 0; i < TILE; i++) ((float *)&r)[i] = f(i);
-    return r;
+static inline vec each(F f) {
+    vec x;
+    for (int i = 0; i < LANES; i++) x[i] = f(i);
+    return x;
 }
 
 // e^x for x <= 88, and 0 where float has no normal number for it (Cephes' polynomial)
@@ -98,19 +75,18 @@ static inline vec exponential(vec x) {
     vec scaled = (vec)((ivec)p + ((ivec)shifted << 23));
     return x < LOWEST_EXP ? vec{} : scaled;
 }
-static inline row exponential(row x) {
-    return map([&](int i) { return exponential(x.v[i]); });
+
+// w = (1 + m) * 2^n with sqrt(1/2) <= 1 + m < sqrt(2), for w > 0
+static inline vec split(vec w, vec *n) {
+    ivec bits = (ivec)w, e = (bits - 0x3f3504f3) >> 23;
+    *n = __builtin_convertvector(e, vec);
+    return (vec)(bits - (e << 23)) - 1.0f;
 }
 
-// log(1 + x), given w = 1 + x > 0 (Cephes' polynomial); SMALL: to full relative precision near 0, Kahan's way, where
-// log(w) * x / (w - 1) undoes the rounding of w
-template <bool SMALL>
+// log(1 + x), given w = 1 + x > 0, to full relative precision near 0 (Cephes' polynomial), Kahan's way: log(w) * x /
+// (w - 1) undoes the rounding of w
 static inline vec log_one_plus(vec x, vec w) {
-    ivec bits = (ivec)w;
-    ivec e = (bits - 0x3f3504f3) >> 23;  // w = (1 + m) * 2^e, sqrt(1/2) <= 1 + m < sqrt(2)
-    vec m = (vec)(bits - (e << 23)) - 1.0f;
-    vec n = __builtin_convertvector(e, vec);
-    vec z = m * m;
+    vec n, m = split(w, &n), z = m * m;
     vec p = 7.0376836292e-2f * m - 1.1514610310e-1f;
     p = p * m + 1.1676998740e-1f;
     p = p * m - 1.2420140846e-1f;
@@ -120,26 +96,85 @@ static inline vec log_one_plus(vec x, vec w) {
     p = p * m - 2.4999993993e-1f;
     p = p * m + 3.3333331174e-1f;
     vec log = n * -2.12194440e-4f + p * m * z - 0.5f * z + m + n * 0.693359375f;
-    if (!SMALL) return log;
     return w == 1.0f ? x : log * x / (w - 1.0f);
 }
 
-// sums of z^p, and of z^(p - 1) a constant factor apart, for the Newton step
-struct moments {
-    row total, slope;
-};
-static inline moments operator+(moments a, moments b) { return {a.total + b.total, a.slope + b.slope}; }
+// w^power for w > 0, by minimax polynomials: log2 errs by 5e-8, 2^x relatively by 1e-7. w^power must be a normal number
+static inline vec raised(vec w, float power) {
+    vec n, m = split(w, &n);
+    vec p = -0.14574436f * m + 0.23689034f;
+    p = p * m - 0.25006906f;
+    p = p * m + 0.28670746f;
+    p = p * m - 0.36008721f;
+    p = p * m + 0.48093944f;
+    p = p * m - 0.72135715f;
+    p = p * m + 1.44269477f;
+    vec x = (p * m + n) * power;
+    vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);
+    p = 0.00134073f * r + 0.00967188f;
+    p = p * r + 0.05550308f;
+    p = p * r + 0.24022235f;
+    p = p * r + 0.69314721f;
+    p = p * r + 1.0f;
+    return (vec)((ivec)p + ((ivec)shifted << 23));
+}
 
-// sum of term(first) ... term(end - 1), pairwise: a running sum loses digits, which a threshold cannot spare
-template <class Sum, class Term>
-static Sum sum_of(int64_t first, int64_t end, Term term) {
-    if (end - first > 16) {
+struct sums {
+    vec a, b;
+};
+static inline sums operator+(sums x, sums y) { return {x.a + y.a, x.b + y.b}; }
+
+// sum of term(first) ... term(end - 1), in parts: a running sum loses digits, which a threshold cannot spare
+template <class Term>
+static auto sum_of(int64_t first, int64_t end, Term term) -> decltype(term(first)) {
+    if (end - first > 128) {
         int64_t middle = (first + end) / 2;
-        return sum_of<Sum>(first, middle, term) + sum_of<Sum>(middle, end, term);
+        return sum_of(first, middle, term) + sum_of(middle, end, term);
     }
-    Sum sum = {};
-    for (int64_t k = first; k < end; k++) sum = sum + term(k);
-    return sum;
+    decltype(term(first)) part[4] = {};
+    int64_t k = first;
+    for (; k + 4 <= end; k += 4)
+        for (int j = 0; j < 4; j++) part[j] = part[j] + term(k + j);
+    for (; k < end; k++) part[0] = part[0] + term(k);
+    return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// one step of a transposition of LANES vectors: the off-diagonal blocks of H x H change places
+template <int H, int... L>
+static inline void exchange(vec *rows, std::integer_sequence<int, L...>) {
+    const ivec low = {(L & H ? L - H + LANES : L)...}, high = {(L & H ? L + LANES : L + H)...};
+    for (int i = 0; i < LANES; i++) {
+        if (i & H) continue;
+        vec a = rows[i], b = rows[i + H];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + H] = __builtin_shuffle(a, b, high);
+    }
+}
+template <int H>
+static inline void transpose(vec *rows) {
+    if constexpr (H < LANES) {
+        exchange<H>(rows, std::make_integer_sequence<int, LANES>());
+        transpose<2 * H>(rows);
+    }
+}
+
+// q[width][TILE] = the queries of a tile, the last block overlaps the one before
+static void load_queries(const float *query, int64_t stride, int64_t lanes, int64_t width, float *q) {
+    for (int64_t g = 0; g < TILE; g += LANES) {
+        const float *from[LANES];
+        for (int64_t i = 0; i < LANES; i++) from[i] = query + (g + i < lanes ? g + i : 0) * stride;
+        if (width < LANES)
+            for (int64_t d = 0; d < width; d++)
+                for (int64_t i = 0; i < LANES; i++) q[d * TILE + g + i] = from[i][d];
+        else
+            for (int64_t i = 0; i < width; i += LANES) {
+                int64_t d = i + LANES <= width ? i : width - LANES;
+                vec rows[LANES];
+                for (int64_t l = 0; l < LANES; l++) rows[l] = *(const vec *)(from[l] + d);
+                transpose<1>(rows);
+                for (int64_t l = 0; l < LANES; l++) *(vec *)(q + (d + l) * TILE + g) = rows[l];
+            }
+    }
 }
 
 // c[i][j] = sum_k a[i * ai + k * ak] * b[k][j], or += where ADD, for R rows and C vectors of columns
@@ -170,115 +205,173 @@ static void scores(const float *key, int64_t keys, const float *q, int64_t width
         }
 }
 
-// o[TILE][columns]: the weights w, [keys][TILE], times the values; a slab of keys at a time, which stays in L1
-static void weighted(const float *w, const float *value, int64_t keys, int64_t columns, float *o) {
-    enum { R = 6, SLAB = 128 };
+// o[i][columns] of C vectors of columns, for all queries i of the tile
+template <int R, int C>
+static inline void product(const float *w, const float *b, int64_t n, bool add, float *o, int64_t columns) {
     static_assert(TILE % R == 0, "blocks that overlap would add twice");
-    for (int64_t k = 0; k < keys; k += SLAB)
-        for (int64_t d = 0; d < columns; d += COLUMNS)
-            for (int64_t i = 0; i < TILE; i += R) {
-                const float *a = w + k * TILE + i, *b = value + d * keys + k * COLUMNS;
-                int64_t n = keys - k < SLAB ? keys - k : SLAB;
-                if (k == 0) block<R, 2>(a, 1, TILE, b, COLUMNS, n, o + i * columns + d, columns);
-                else block<R, 2, true>(a, 1, TILE, b, COLUMNS, n, o + i * columns + d, columns);
-            }
+    for (int64_t i = 0; i < TILE; i += R)
+        if (add) block<R, C, true>(w + i, 1, TILE, b, COLUMNS, n, o + i * columns, columns);
+        else block<R, C>(w + i, 1, TILE, b, COLUMNS, n, o + i * columns, columns);
 }
 
+// o[TILE][columns]: the weights w, [keys][TILE], times the values; a slab of keys at a time, which stays in L1
+static void weighted(const float *w, const float *value, int64_t keys, int64_t width, int64_t columns, float *o) {
+    enum { SLAB = 128 };
+    for (int64_t k = 0; k < keys; k += SLAB)
+        for (int64_t d = 0; d < columns; d += COLUMNS) {
+            const float *a = w + k * TILE, *b = value + d * keys + k * COLUMNS;
+            int64_t n = keys - k < SLAB ? keys - k : SLAB;
+            if (width - d > LANES) product<6, 2>(a, b, n, k > 0, o + d, columns);
+            else product<12, 1>(a, b, n, k > 0, o + d, columns);
+        }
+}
+
+// From here on a vector of queries at a time: its scores s, or weights w, are s[k * WIDTH] for key k.
+
 // scores in, gain * scores + mask minus its maximum out; returns the maximum. common.py: centred
-static row centre(const Problem &p, const float *mask, int64_t lanes, float gain, row *s) {
-    if (mask)
+template <class Bias>
+static vec centre(const Problem &p, float gain, vec *s, Bias bias) {
+    if (p.mask)
         for (int64_t k = 0; k < p.keys; k++)
-            s[k] = each([&](int i) {
-                float bias = mask[(i < lanes ? i : 0) * p.mask_stride[2] + k * p.mask_stride[3]];
-                float x = ((float *)&s[k])[i] * gain;
+            s[k * WIDTH] = each([&](int i) {
+                float x = s[k * WIDTH][i] * gain, add = bias(i, k);
                 x = x < -LARGE / 4 ? -LARGE / 4 : x > LARGE / 4 ? LARGE / 4 : x;
-                return x + (bias > LARGE / 4 ? LARGE / 4 : bias);
+                return x + (add > LARGE / 4 ? LARGE / 4 : add);
             });
-    float after = mask ? 1.0f : gain;
-    row peak = fill(-LARGE);
-    for (int64_t k = 0; k < p.keys; k++) peak = larger(peak, s[k]);
-    for (int64_t k = 0; k < p.keys; k++) s[k] = (s[k] - peak) * after;
+    float after = p.mask ? 1.0f : gain;
+    vec peak = vec{} - LARGE;
+    for (int64_t k = 0; k < p.keys; k++) peak = larger(peak, s[k * WIDTH]);
+    for (int64_t k = 0; k < p.keys; k++) s[k * WIDTH] = (s[k * WIDTH] - peak) * after;
     return peak * after;
 }
 
 // a threshold left of the root, plus 1 / b. eager.py: _start
-static row start(const row *s, int64_t keys, float b) {
-    row mean = sum_of<row>(0, keys, [&](int64_t k) { return s[k]; }) / (float)keys;
+static vec start(const vec *s, int64_t keys, float b) {
+    vec mean = sum_of(0, keys, [&](int64_t k) { return s[k * WIDTH]; }) / (float)keys;
     return at_least(mean - (float)(expm1(-b * log((double)keys)) / b), 0.0f);
 }
 
-// entmax-1.5, or sparsemax, a constant factor apart, into w; returns the sum. eager.py: _polynomial_numerators
-template <bool SQUARE>
-static row polynomial(const row *s, row *w, int64_t keys, int64_t steps) {
-    row tau = start(s, keys, SQUARE ? 0.5f : 1.0f) - (SQUARE ? 2.0f : 1.0f), step = {};
-    for (int64_t i = 0; i < steps; i++) {
-        tau = tau + step;
-        moments m = sum_of<moments>(0, keys, [&](int64_t k) -> moments {
-            row z = at_least(s[k] - tau, 0.0f);
-            if (SQUARE) return {z * z, z};
-            return {z, map([&](int i) { return z.v[i] > 0.0f ? vec{} + 1.0f : vec{}; })};
-        });
-        row norm = SQUARE ? each([&](int i) { return sqrtf(((float *)&m.total)[i]); }) : m.total;
-        step = SQUARE ? (norm - 2.0f) * norm / at_least(m.slope, TINY) : (norm - 1.0f) / at_least(m.slope, 1.0f);
-        if (same(tau + step, tau)) break;
-    }
-    return sum_of<row>(0, keys, [&](int64_t k) {
-        row z = at_least(s[k] - tau - step, 0.0f);
-        return w[k] = SQUARE ? z * z : z;
-    });
+// a step below it leaves less than float's rounding: the weight of a key errs by its min(p, 2)th power, p = 1 / b
+static float tolerance(int64_t keys, float b) {
+    float step = powf(8e-7f / keys, b < 0.5f ? 0.5f : b);
+    return step < 2e-7f ? 2e-7f : step;
 }
 
-// any other alpha; the slopes z^(p - 1) beside the weights z^p. eager.py: _generic_numerators
-template <bool SMALL>
-static row generic(const row *s, row *w, row *slopes, int64_t keys, float alpha, int64_t steps) {
-    float b = alpha - 1.0f;
-    row u = start(s, keys, b);
-    moments m = {};
-    for (int64_t i = 0; i <= steps; i++) {
-        m = sum_of<moments>(0, keys, [&](int64_t k) -> moments {
-            row x = at_least((s[k] - u) * b, -1.0f), base = at_least(x + 1.0f, TINY);
-            row log = map([&](int i) { return log_one_plus<SMALL>(x.v[i], base.v[i]); });
-            w[k] = exponential(log * (1.0f / b));
-            slopes[k] = w[k] / base;
-            return {w[k], slopes[k]};
+// a threshold, and a last step that adding to it would round
+struct threshold {
+    vec tau, step;
+};
+
+// of entmax-1.5, or sparsemax. eager.py: _polynomial_numerators
+template <bool SQUARE>
+static threshold polynomial(const vec *s, int64_t keys, int64_t steps) {
+    const float b = SQUARE ? 0.5f : 1.0f, enough = tolerance(keys, b);
+    vec tau = start(s, keys, b) - 1.0f / b;
+    for (;;) {
+        sums m = sum_of(0, keys, [&](int64_t k) -> sums {
+            vec z = larger(tau, s[k * WIDTH]) - tau;
+            if (SQUARE) return {z * z, z};
+            return {z, z > 0.0f ? vec{} + 1.0f : vec{}};
         });
-        m.slope = at_least(m.slope, TINY);
-        if (i == steps) break;
-        row next = u + each([&](int i) {
-            float sum = ((float *)&m.total)[i], log_sum = logf(sum < TINY ? TINY : sum);
-            float step = expm1f(log_sum * b) * expf(log_sum * (1.0f - b)) / b / ((float *)&m.slope)[i];
-            return step < -1.0f ? -1.0f : step;
-        });
-        if (same(next, u)) break;
-        u = next;
+        vec norm = SQUARE ? each([&](int i) { return sqrtf(m.a[i]); }) : m.a;
+        vec step = SQUARE ? (norm - 2.0f) * norm / at_least(m.b, TINY) : (norm - 1.0f) / at_least(m.b, 1.0f);
+        if (--steps == 0 || !any_above(step, enough)) return {tau, step};
+        tau = tau + step;
     }
-    row last = (fill(1.0f) - m.total) / m.slope;
-    return sum_of<row>(0, keys, [&](int64_t k) { return w[k] = w[k] + slopes[k] * last; });
+}
+
+// any other alpha: u = tau + p, and slopes z^(p - 1) in w, a constant factor apart. eager.py: _generic_numerators
+template <bool SMALL>
+static threshold generic(const Problem &p, const vec *s, vec *w) {
+    const float b = p.alpha - 1.0f, power = 1.0f / b - 1.0f, enough = tolerance(p.keys, b);
+    // its power is a normal number
+    const float least = exp2f(-126.0f / (power > 1.0f ? power : 1.0f));
+    vec u = start(s, p.keys, b);
+    auto solve = [&](auto slope_of) {
+        vec top = 1.0f - u * b;
+        sums m = sum_of(0, p.keys, [&](int64_t k) -> sums {
+            vec base = at_least(s[k * WIDTH] * b + top, 0.0f), slope = slope_of(k, base);
+            return {slope * base, slope};
+        });
+        return sums{m.a, at_least(m.b, TINY)};
+    };
+    // the first steps, on a polynomial close to the power, cost little more than those of entmax-1.5
+    for (int64_t i = 0; i < p.steps && p.alpha > LEAST_QUICK_ALPHA; i++) {
+        sums m = solve([&](int64_t, vec base) {
+            vec x = base, y = vec{} + p.quick[0];
+            for (int64_t j = 0; j < p.squarings; j++) x = x * x;
+            for (int j = 1; j < QUICK_TERMS; j++) y = y * x + p.quick[j];
+            return base == 0.0f ? vec{} : y;
+        });
+        vec step = (m.a - raised(at_least(m.a, TINY), 1.0f - b)) / (m.b * b);
+        u = at_least(u + step, 0.0f);
+        if (!any_above(step, 0.03f)) break;
+    }
+    for (int64_t i = 0;; i++) {
+        sums m = solve([&](int64_t k, vec base) {
+            vec slope;
+            if (SMALL) {
+                vec x = at_least((s[k * WIDTH] - u) * b, -1.0f);
+                slope = exponential(log_one_plus(x, at_least(x + 1.0f, TINY)) * power);
+            } else slope = raised(larger(vec{} + least, base), power);
+            return w[k * WIDTH] = base == 0.0f ? vec{} : slope;
+        });
+        vec total = at_least(m.a, TINY);
+        vec change = SMALL ? each([&](int i) { return expm1f(logf(total[i]) * b) * expf(logf(total[i]) * (1.0f - b)); })
+                           : total - raised(total, 1.0f - b);
+        vec step = change / (m.b * b);
+        if (i == p.steps || !any_above(larger(step, -step), enough)) return {u, (m.a - 1.0f) / m.b};
+        // where all is masked there is no root, and this is where it stays
+        u = at_least(u + step, 0.0f);
+    }
+}
+
+// numerators of entmax in w, exponentials of the scores in s; returns the sums of both
+template <class Weight>
+static sums numerators(vec *s, vec *w, int64_t keys, Weight weight) {
+    return sum_of(0, keys, [&](int64_t k) -> sums {
+        vec c = s[k * WIDTH], sparse = w[k * WIDTH] = weight(c, w[k * WIDTH]);
+        return {s[k * WIDTH] = exponential(c), sparse};
+    });
+}
+static sums numerators(const Problem &p, vec *s, vec *w) {
+    if (p.sparse == 0.0f) return numerators(s, w, p.keys, [](vec, vec) { return vec{}; });
+    if (p.alpha == 1.5f) {
+        threshold t = polynomial<true>(s, p.keys, p.steps);
+        return numerators(s, w, p.keys, [&](vec c, vec) {
+            vec z = at_least(c - t.tau - t.step, 0.0f);
+            return z * z;
+        });
+    }
+    if (p.alpha == 2.0f) {
+        threshold t = polynomial<false>(s, p.keys, p.steps);
+        return numerators(s, w, p.keys, [&](vec c, vec) { return at_least(c - t.tau - t.step, 0.0f); });
+    }
+    threshold t = p.alpha < SMALL_ALPHA ? generic<true>(p, s, w) : generic<false>(p, s, w);
+    float b = p.alpha - 1.0f;
+    vec top = 1.0f - t.tau * b;
+    return numerators(s, w, p.keys, [&](vec c, vec slope) { return slope * at_least(c * b + top - t.step, 0.0f); });
 }
 
 // centred scores in, mass * (dense * softmax + sparse * entmax) out, in place. eager.py: _mix
-static void mix(const Problem &p, row *s, row *w, row *slopes, row peak, const float *row_lse, int64_t lanes) {
-    bool entmax = p.sparse != 0.0f;
-    row sum = {}, mass = fill(1.0f);
-    if (entmax && p.alpha == 1.5f) sum = polynomial<true>(s, w, p.keys, p.steps);
-    else if (entmax && p.alpha == 2.0f) sum = polynomial<false>(s, w, p.keys, p.steps);
-    else if (entmax && p.alpha < SMALL_ALPHA) sum = generic<true>(s, w, slopes, p.keys, p.alpha, p.steps);
-    else if (entmax) sum = generic<false>(s, w, slopes, p.keys, p.alpha, p.steps);
-    row total = sum_of<row>(0, p.keys, [&](int64_t k) { return s[k] = exponential(s[k]); });
-    if (row_lse)
+template <class Lse>
+static void mix(const Problem &p, vec *s, vec *w, vec peak, Lse row_lse) {
+    sums total = numerators(p, s, w);
+    vec mass = vec{} + 1.0f;
+    if (p.row_lse)
         mass = each([&](int i) {
-            float own = ((float *)&total)[i], lse = row_lse[(i < lanes ? i : 0) * p.row_lse_stride[2]];
-            float part = expf(((float *)&peak)[i] + logf(own) - lse);
-            return own == 0.0f ? 0.0f : part > 1.0f ? 1.0f : part;
+            float part = expf(peak[i] + logf(total.a[i]) - row_lse(i));
+            return total.a[i] == 0.0f ? 0.0f : part > 1.0f ? 1.0f : part;
         });
-    row on_dense = mass * p.dense / at_least(total, LEAST_SUM), on_sparse = mass * p.sparse / at_least(sum, LEAST_SUM);
-    for (int64_t k = 0; k < p.keys; k++) s[k] = entmax ? on_dense * s[k] + on_sparse * w[k] : on_dense * s[k];
+    vec on_dense = mass * p.dense / at_least(total.a, LEAST_SUM);
+    vec on_sparse = mass * p.sparse / at_least(total.b, LEAST_SUM);
+    for (int64_t k = 0; k < p.keys; k++)
+        s[k * WIDTH] = on_dense * s[k * WIDTH] + on_sparse * w[k * WIDTH];
 }
 
 // `lanes` queries of one head, from query `first` on; the rest of the tile repeats the first of them
 static void tile(const Problem &p, int64_t b, int64_t h, int64_t first, int64_t lanes, float *scratch) {
-    float *s = scratch, *w = s + p.keys * TILE, *slopes = w + p.keys * TILE;
-    float *q = slopes + p.keys * TILE, *o = q + p.width * TILE;
+    float *s = scratch, *w = s + p.keys * TILE, *q = w + p.keys * TILE, *o = q + p.width * TILE;
     int64_t kv = b * p.kv_heads + h / (p.heads / p.kv_heads);
     const float *query = p.query + b * p.query_stride[0] + h * p.query_stride[1] + first * p.query_stride[2];
     const float *mask = p.mask, *row_lse = p.row_lse;
@@ -288,12 +381,17 @@ static void tile(const Problem &p, int64_t b, int64_t h, int64_t first, int64_t 
     // the next tile's rows lie too far apart for the processor to see them coming
     for (int64_t i = TILE; i < 2 * TILE; i++)
         for (int64_t d = 0; d < p.width; d += 16) __builtin_prefetch(query + i * p.query_stride[2] + d);
-    for (int64_t i = 0; i < TILE; i++)
-        for (int64_t d = 0; d < p.width; d++) q[d * TILE + i] = query[(i < lanes ? i : 0) * p.query_stride[2] + d];
+    load_queries(query, p.query_stride[2], lanes, p.width, q);
     scores(p.key + kv * p.keys * p.width, p.keys, q, p.width, s);
-    row peak = centre(p, mask, lanes, p.gain[kv], (row *)s);
-    mix(p, (row *)s, (row *)w, (row *)slopes, peak, row_lse, lanes);
-    weighted(s, p.value + kv * p.keys * p.columns, p.keys, p.columns, o);
+    for (int64_t g = 0; g < WIDTH; g++) {
+        auto lane = [&](int i) { return g * LANES + i < lanes ? g * LANES + i : 0; };
+        vec *own = (vec *)s + g;
+        vec peak = centre(p, p.gain[kv], own, [&](int i, int64_t k) {
+            return mask[lane(i) * p.mask_stride[2] + k * p.mask_stride[3]];
+        });
+        mix(p, own, (vec *)w + g, peak, [&](int i) { return row_lse[lane(i) * p.row_lse_stride[2]]; });
+    }
+    weighted(s, p.value + kv * p.keys * p.columns, p.keys, p.value_width, p.columns, o);
     float *out = p.out + b * p.out_stride[0] + h * p.out_stride[1] + first * p.out_stride[2];
     for (int64_t i = 0; i < lanes; i++) memcpy(out + i * p.out_stride[2], o + i * p.columns, p.value_width * 4);
 }
@@ -304,7 +402,7 @@ extern "C" int64_t pladis_columns() { return COLUMNS; }
 extern "C" int pladis_attend(const Problem *problem) {
     const Problem &p = *problem;
     int64_t tiles = (p.queries + TILE - 1) / TILE, failed = 0;
-    size_t bytes = (3 * p.keys + p.width + p.columns) * sizeof(row);
+    size_t bytes = (2 * p.keys + p.width + p.columns) * TILE * sizeof(float);
 #pragma omp parallel num_threads(p.threads) reduction(+ : failed)
     {
         void *memory = NULL;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from .common import additive_mask, bounded_value, compute_dtype, newton_steps, s
 LOGGER = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+# of cpu.cpp
+QUICK_TERMS = 8
 
 
 class Problem(ctypes.Structure):
@@ -34,9 +37,24 @@ class Problem(ctypes.Structure):
             for name in ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width", "columns")
         ]
         + [(name, ctypes.c_int64 * n) for name, n in (("query_stride", 3), ("mask_stride", 4), ("row_lse_stride", 3))]
-        + [("out_stride", ctypes.c_int64 * 3), ("steps", ctypes.c_int64), ("threads", ctypes.c_int64)]
+        + [("out_stride", ctypes.c_int64 * 3), *((name, ctypes.c_int64) for name in ("steps", "threads", "squarings"))]
         + [(name, ctypes.c_float) for name in ("alpha", "dense", "sparse")]
+        + [("quick", ctypes.c_float * QUICK_TERMS)]
     )
+
+
+@cache
+def quick_power(alpha: float) -> tuple[int, tuple[float, ...]]:
+    """(squarings, coefficients from the highest power down): that polynomial of x, squared so often before, is near
+    x^(p - 1) on [0, 1], p = 1 / (alpha - 1), and x times it near x^p: what the first steps of the solver need.
+    """
+    power = 1.0 / (alpha - 1.0) - 1.0
+    # a power of more than about 4 has more in it than so many terms can follow
+    squarings = max(0, math.ceil(math.log2(power / 4.5)))
+    angles = (torch.arange(QUICK_TERMS, dtype=torch.float64) + 0.5) * (math.pi / QUICK_TERMS)
+    nodes = 0.5 + 0.5 * angles.cos()
+    coefficients = torch.linalg.solve(torch.linalg.vander(nodes), nodes ** (power / 2**squarings))
+    return squarings, tuple(coefficients.flip(0).tolist())
 
 
 @cache
@@ -88,6 +106,7 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     values = values.unflatten(-1, (-1, block)).transpose(2, 3).contiguous()
     bias = None if mask is None else _unexpanded_mask(mask)
     row_lse = None if row_lse is None else row_lse.detach().float()
+    squarings, quick = quick_power(alpha) if sparse and 1.0 < alpha < 2.0 else (0, ())
     problem = Problem(
         *(None if t is None else t.data_ptr() for t in (query_rows, unit, values, gain, bias, row_lse, out)),
         batch, heads, key.shape[1], queries, keys, width, value_width, columns,
@@ -95,8 +114,9 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
         (ctypes.c_int64 * 4)(*(() if bias is None else bias.stride())),
         (ctypes.c_int64 * 3)(*(() if row_lse is None else row_lse.stride()[:3])),
         (ctypes.c_int64 * 3)(*out.stride()[:3]),
-        newton_steps(keys, alpha, torch.float32), torch.get_num_threads(),
+        newton_steps(keys, alpha, torch.float32), torch.get_num_threads(), squarings,
         alpha, dense + sparse if alpha == 1.0 else dense, 0.0 if alpha == 1.0 else sparse,
+        (ctypes.c_float * QUICK_TERMS)(*quick),
     )  # fmt: skip
     if loop.pladis_attend(ctypes.byref(problem)):
         raise MemoryError("PLADIS attention on the CPU ran out of memory")

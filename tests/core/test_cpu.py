@@ -32,7 +32,7 @@ def weights_of(scores: torch.Tensor, alpha: float, lam: float = 1.0) -> torch.Te
 
 
 @pytest.mark.parametrize("keys", (1, 2, 7, 63, 77, 154, 600))
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("alpha", (*ALPHAS, 1.0025, 1.03, 1.051, 1.4, 1.6, 1.9, 1.999))
 def test_weights_match_the_entmax_package(alpha, keys):
     scores = hard_scores(240, keys)
     assert (weights_of(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
@@ -41,7 +41,7 @@ def test_weights_match_the_entmax_package(alpha, keys):
 
 
 @pytest.mark.parametrize("keys", (20, 77, 600))
-@pytest.mark.parametrize("alpha", (1.25, 1.5, 1.7, 1.95, 2.0))
+@pytest.mark.parametrize("alpha", (1.03, 1.06, 1.25, 1.5, 1.7, 1.95, 2.0))
 def test_one_peak_over_a_cluster_of_nearly_equal_scores(alpha, keys):
     for scores in clusters(alpha, keys):
         assert (weights_of(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
@@ -73,6 +73,14 @@ def test_nan_is_not_hidden(alpha):
     assert out[0, 0, 7].isnan().all()
     assert out[0, 0, :7].isfinite().all()
     assert out[0, 0, 8:].isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", (1.003, 1.03, 1.1, 1.25, 1.3, 1.6, 1.9))
+def test_the_quick_power_is_close(alpha):
+    squarings, coefficients = cpu.quick_power(alpha)
+    x = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    power = x * sum(c * x ** (2**squarings * i) for i, c in enumerate(reversed(coefficients)))
+    assert (power - x ** (1 / (alpha - 1))).abs().max() <= 1e-3
 
 
 def test_threads_do_not_change_a_bit():
