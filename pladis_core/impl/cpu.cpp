@@ -26,13 +26,14 @@ typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 
 // mirrored by cpu.py, field by field; strides in elements, the last dimension of the query contiguous, key
 // [batch, kv_heads, keys, width], value [batch, kv_heads, columns / COLUMNS, keys, COLUMNS], gain [batch, kv_heads]
+// rise, enough, squarings, quick: cpu.py
 struct Problem {
     const float *query, *key, *value, *gain, *mask, *row_lse;
     float *out;
     int64_t batch, heads, kv_heads, queries, keys, width, value_width, columns;
     int64_t query_stride[3], mask_stride[4], row_lse_stride[3], out_stride[3];
     int64_t steps, threads, squarings;
-    float alpha, dense, sparse, quick[QUICK_TERMS];
+    float alpha, dense, sparse, rise, enough, quick[QUICK_TERMS];
 };
 
 // below it 1 + x forgets the digits of x that entmax near softmax needs; below the other, any power of it is useless
@@ -246,15 +247,8 @@ static vec centre(const Problem &p, float gain, vec *s, Bias bias) {
 }
 
 // a threshold left of the root, plus 1 / b. eager.py: _start
-static vec start(const vec *s, int64_t keys, float b) {
-    vec mean = sum_of(0, keys, [&](int64_t k) { return s[k * WIDTH]; }) / (float)keys;
-    return at_least(mean - (float)(expm1(-b * log((double)keys)) / b), 0.0f);
-}
-
-// a step below it leaves less than float's rounding: the weight of a key errs by its min(p, 2)th power, p = 1 / b
-static float tolerance(int64_t keys, float b) {
-    float step = powf(8e-7f / keys, b < 0.5f ? 0.5f : b);
-    return step < 2e-7f ? 2e-7f : step;
+static vec start(const Problem &p, const vec *s) {
+    return at_least(sum_of(0, p.keys, [&](int64_t k) { return s[k * WIDTH]; }) / (float)p.keys + p.rise, 0.0f);
 }
 
 // a threshold, and a last step that adding to it would round
@@ -264,18 +258,17 @@ struct threshold {
 
 // of entmax-1.5, or sparsemax. eager.py: _polynomial_numerators
 template <bool SQUARE>
-static threshold polynomial(const vec *s, int64_t keys, int64_t steps) {
-    const float b = SQUARE ? 0.5f : 1.0f, enough = tolerance(keys, b);
-    vec tau = start(s, keys, b) - 1.0f / b;
-    for (;;) {
-        sums m = sum_of(0, keys, [&](int64_t k) -> sums {
+static threshold polynomial(const Problem &p, const vec *s) {
+    vec tau = start(p, s) - (SQUARE ? 2.0f : 1.0f);
+    for (int64_t i = 1;; i++) {
+        sums m = sum_of(0, p.keys, [&](int64_t k) -> sums {
             vec z = larger(tau, s[k * WIDTH]) - tau;
             if (SQUARE) return {z * z, z};
             return {z, z > 0.0f ? vec{} + 1.0f : vec{}};
         });
         vec norm = SQUARE ? each([&](int i) { return sqrtf(m.a[i]); }) : m.a;
         vec step = SQUARE ? (norm - 2.0f) * norm / at_least(m.b, TINY) : (norm - 1.0f) / at_least(m.b, 1.0f);
-        if (--steps == 0 || !any_above(step, enough)) return {tau, step};
+        if (i == p.steps || !any_above(step, p.enough)) return {tau, step};
         tau = tau + step;
     }
 }
@@ -283,10 +276,10 @@ static threshold polynomial(const vec *s, int64_t keys, int64_t steps) {
 // any other alpha: u = tau + p, and slopes z^(p - 1) in w, a constant factor apart. eager.py: _generic_numerators
 template <bool SMALL>
 static threshold generic(const Problem &p, const vec *s, vec *w) {
-    const float b = p.alpha - 1.0f, power = 1.0f / b - 1.0f, enough = tolerance(p.keys, b);
+    const float b = p.alpha - 1.0f, power = 1.0f / b - 1.0f;
     // its power is a normal number
     const float least = exp2f(-126.0f / (power > 1.0f ? power : 1.0f));
-    vec u = start(s, p.keys, b);
+    vec u = start(p, s);
     auto solve = [&](auto slope_of) {
         vec top = 1.0f - u * b;
         sums m = sum_of(0, p.keys, [&](int64_t k) -> sums {
@@ -320,7 +313,7 @@ static threshold generic(const Problem &p, const vec *s, vec *w) {
         vec change = SMALL ? each([&](int i) { return expm1f(logf(total[i]) * b) * expf(logf(total[i]) * (1.0f - b)); })
                            : total - raised(total, 1.0f - b);
         vec step = change / (m.b * b);
-        if (i == p.steps || !any_above(larger(step, -step), enough)) return {u, (m.a - 1.0f) / m.b};
+        if (i == p.steps || !any_above(larger(step, -step), p.enough)) return {u, (m.a - 1.0f) / m.b};
         // where all is masked there is no root, and this is where it stays
         u = at_least(u + step, 0.0f);
     }
@@ -337,14 +330,14 @@ static sums numerators(vec *s, vec *w, int64_t keys, Weight weight) {
 static sums numerators(const Problem &p, vec *s, vec *w) {
     if (p.sparse == 0.0f) return numerators(s, w, p.keys, [](vec, vec) { return vec{}; });
     if (p.alpha == 1.5f) {
-        threshold t = polynomial<true>(s, p.keys, p.steps);
+        threshold t = polynomial<true>(p, s);
         return numerators(s, w, p.keys, [&](vec c, vec) {
             vec z = at_least(c - t.tau - t.step, 0.0f);
             return z * z;
         });
     }
     if (p.alpha == 2.0f) {
-        threshold t = polynomial<false>(s, p.keys, p.steps);
+        threshold t = polynomial<false>(p, s);
         return numerators(s, w, p.keys, [&](vec c, vec) { return at_least(c - t.tau - t.step, 0.0f); });
     }
     threshold t = p.alpha < SMALL_ALPHA ? generic<true>(p, s, w) : generic<false>(p, s, w);
@@ -365,8 +358,7 @@ static void mix(const Problem &p, vec *s, vec *w, vec peak, Lse row_lse) {
         });
     vec on_dense = mass * p.dense / at_least(total.a, LEAST_SUM);
     vec on_sparse = mass * p.sparse / at_least(total.b, LEAST_SUM);
-    for (int64_t k = 0; k < p.keys; k++)
-        s[k * WIDTH] = on_dense * s[k * WIDTH] + on_sparse * w[k * WIDTH];
+    for (int64_t k = 0; k < p.keys; k++) s[k * WIDTH] = on_dense * s[k * WIDTH] + on_sparse * w[k * WIDTH];
 }
 
 // `lanes` queries of one head, from query `first` on; the rest of the tile repeats the first of them

@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -38,23 +39,39 @@ class Problem(ctypes.Structure):
         ]
         + [(name, ctypes.c_int64 * n) for name, n in (("query_stride", 3), ("mask_stride", 4), ("row_lse_stride", 3))]
         + [("out_stride", ctypes.c_int64 * 3), *((name, ctypes.c_int64) for name in ("steps", "threads", "squarings"))]
-        + [(name, ctypes.c_float) for name in ("alpha", "dense", "sparse")]
+        + [(name, ctypes.c_float) for name in ("alpha", "dense", "sparse", "rise", "enough")]
         + [("quick", ctypes.c_float * QUICK_TERMS)]
     )
 
 
-@cache
-def quick_power(alpha: float) -> tuple[int, tuple[float, ...]]:
-    """(squarings, coefficients from the highest power down): that polynomial of x, squared so often before, is near
-    x^(p - 1) on [0, 1], p = 1 / (alpha - 1), and x times it near x^p: what the first steps of the solver need.
-    """
-    power = 1.0 / (alpha - 1.0) - 1.0
+class Solver(NamedTuple):
+    """What the solver of cpu.cpp needs to know of an alpha and a number of keys, with p = 1 / (alpha - 1)."""
+
+    steps: int  # that suffice, whatever the scores
+    rise: float  # from the mean score to a threshold left of the root, plus p
+    enough: float  # a step below it leaves less than float's rounding
+    squarings: int  # of x, before the polynomial of x ...
+    quick: tuple[float, ...]  # ... of these coefficients, which is near x^(p - 1) on [0, 1]: for first steps
+
+
+@lru_cache(maxsize=256)
+def solver(alpha: float, keys: int) -> Solver:
+    b = alpha - 1.0
+    power = 1.0 / b - 1.0
     # a power of more than about 4 has more in it than so many terms can follow
-    squarings = max(0, math.ceil(math.log2(power / 4.5)))
-    angles = (torch.arange(QUICK_TERMS, dtype=torch.float64) + 0.5) * (math.pi / QUICK_TERMS)
+    squarings = max(0, math.ceil(math.log2(power / 4.5))) if power > 0.0 else 0
+    # a weight errs by the min(p, 2)th power of the step, a threshold by up to half the number of keys times its square
+    enough = max(2e-7, (8e-7 / keys) ** max(b, 0.5))
+    rise = -math.expm1(-b * math.log(keys)) / b
+    quick = _near_power(power / 2**squarings)
+    return Solver(newton_steps(keys, alpha, torch.float32), rise, enough, squarings, quick)
+
+
+def _near_power(power: float) -> tuple[float, ...]:
+    """Coefficients of the polynomial that meets x^power at Chebyshev's nodes of [0, 1], the highest power first."""
+    angles = (torch.arange(QUICK_TERMS, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / QUICK_TERMS)
     nodes = 0.5 + 0.5 * angles.cos()
-    coefficients = torch.linalg.solve(torch.linalg.vander(nodes), nodes ** (power / 2**squarings))
-    return squarings, tuple(coefficients.flip(0).tolist())
+    return tuple(torch.linalg.solve(torch.linalg.vander(nodes), nodes**power).flip(0).tolist())
 
 
 @cache
@@ -95,6 +112,8 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
         return out.zero_().to(query.dtype)
     # as the loop sees it: an alpha that is 1 there must be 1 here
     alpha = ctypes.c_float(alpha).value
+    if alpha == 1.0:
+        dense, sparse = dense + sparse, 0.0
     loop = compiled_loop()
     block = loop.pladis_columns()
     query_rows = query.detach().float()
@@ -106,7 +125,7 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     values = values.unflatten(-1, (-1, block)).transpose(2, 3).contiguous()
     bias = None if mask is None else _unexpanded_mask(mask)
     row_lse = None if row_lse is None else row_lse.detach().float()
-    squarings, quick = quick_power(alpha) if sparse and 1.0 < alpha < 2.0 else (0, ())
+    newton = solver(alpha, keys) if sparse else Solver(0, 0.0, 0.0, 0, ())
     problem = Problem(
         *(None if t is None else t.data_ptr() for t in (query_rows, unit, values, gain, bias, row_lse, out)),
         batch, heads, key.shape[1], queries, keys, width, value_width, columns,
@@ -114,9 +133,8 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
         (ctypes.c_int64 * 4)(*(() if bias is None else bias.stride())),
         (ctypes.c_int64 * 3)(*(() if row_lse is None else row_lse.stride()[:3])),
         (ctypes.c_int64 * 3)(*out.stride()[:3]),
-        newton_steps(keys, alpha, torch.float32), torch.get_num_threads(), squarings,
-        alpha, dense + sparse if alpha == 1.0 else dense, 0.0 if alpha == 1.0 else sparse,
-        (ctypes.c_float * QUICK_TERMS)(*quick),
+        newton.steps, torch.get_num_threads(), newton.squarings,
+        alpha, dense, sparse, newton.rise, newton.enough, (ctypes.c_float * QUICK_TERMS)(*newton.quick),
     )  # fmt: skip
     if loop.pladis_attend(ctypes.byref(problem)):
         raise MemoryError("PLADIS attention on the CPU ran out of memory")
