@@ -37,4 +37,4 @@ def pytest_terminal_summary(terminalreporter):
                 terminalreporter.write_line(value)
     skipped = [r for r in terminalreporter.getreports("skipped") if "no ComfyUI at" in str(r.longrepr)]
     if "PLADIS_HOST" not in os.environ:
-        terminalreporter.write_line(f"{len(skipped)} test files skipped because no ComfyUI was found for them")
+        terminalreporter.write_line(f"{len(skipped)} runs of host tests skipped because no ComfyUI was found for them")

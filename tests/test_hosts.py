@@ -26,10 +26,23 @@ sys.path.extend(sys.argv.pop(1).splitlines())
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
-FILES = sorted((ROOT / "tests" / "host").glob("test_*.py"))
-# about our fixtures and about samplers, which do not differ between hosts: for time, on the newest alone
-NEWEST_ALONE = ("test_family_fixtures", "test_distilled")
-PAIRS = [(host, file) for host in HOSTS for file in FILES if host == "newest" or file.stem not in NEWEST_ALONE]
+# shorter than the start of a process: these share one
+TOGETHER = (
+    "compatibility", "composition", "help", "layers", "locales", "peers", "schema", "strength", "sweep", "transformers",
+    "windows",
+)  # fmt: skip
+# about our fixtures, samplers and inputs, which do not differ between hosts: for time, on the newest alone
+NEWEST_ALONE = ("family_fixtures", "distilled", "fuzz")
+
+
+def files_of(host: str) -> dict[str, list[Path]]:
+    """What one process runs, by name."""
+    files = {file.stem.removeprefix("test_"): [file] for file in sorted((ROOT / "tests" / "host").glob("test_*.py"))}
+    files["short files"] = [file for name in TOGETHER for file in files.pop(name)]
+    return {name: group for name, group in files.items() if host == "newest" or name not in NEWEST_ALONE}
+
+
+RUNS = [(host, name) for host in HOSTS for name in files_of(host)]
 WEB = [ROOT / "tests" / "web" / f"test_{name}.py" for name in ("nodes", "workflows", "help")]
 
 
@@ -51,11 +64,11 @@ def host_python(host: str, path: Path) -> str:
     pytest.fail(f"{path} has no .venv: set $COMFYUI_PYTHON to the Python that runs this ComfyUI")
 
 
-@pytest.mark.parametrize(("host", "file"), PAIRS, ids=[f"{host}-{file.stem}" for host, file in PAIRS])
-def test_host(host, file, record_property):
+@pytest.mark.parametrize(("host", "name"), RUNS)
+def test_host(host, name, record_property):
     path = host_path(host)
     ours = "\n".join(p for p in sys.path if "site-packages" in p)
-    run([host_python(host, path), "-c", BOOTSTRAP, ours], host, path, [file], record_property)
+    run([host_python(host, path), "-c", BOOTSTRAP, ours], host, path, files_of(host)[name], record_property)
 
 
 @pytest.mark.parametrize("host", HOSTS)

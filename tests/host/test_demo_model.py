@@ -153,9 +153,10 @@ def test_a_lora_changes_the_weights_that_it_names(standard, lora):
         pipeline.unet.get_submodule(LORA_LAYER).weight += up @ down
         up, down = (lora[f"{LORA_TEXT}.lora_{part}.weight"] for part in ("up", "down"))
         pipeline.text_encoder.encoder.layers[0].mlp.fc1.weight += up @ down
-    wanted = expected(pipeline, TextAttention(2.0), 4, 3.0)
-    assert (picture(apply(patched, scale=2.0), text, vae, steps=4) - wanted).abs().max() < CLOSE
-    assert (picture(apply(model, scale=2.0), clip, vae, steps=4) - wanted).abs().max() > 100 * CLOSE
+    # two steps: with random weights, rounding alone shows after four
+    wanted = expected(pipeline, TextAttention(2.0), 2, 3.0)
+    assert (picture(apply(patched, scale=2.0), text, vae, steps=2) - wanted).abs().max() < CLOSE
+    assert (picture(apply(model, scale=2.0), clip, vae, steps=2) - wanted).abs().max() > 100 * CLOSE
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.0])
