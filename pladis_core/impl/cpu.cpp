@@ -18,7 +18,7 @@ enum { LANES = 8 };
 #else
 enum { LANES = 4 };
 #endif
-// vectors of queries in a tile; value columns that a block of the second product holds in registers; cpu.py: quick_power
+// vectors of queries in a tile; value columns that a block of the second product holds in registers; terms of quick
 enum { WIDTH = 3, TILE = WIDTH * LANES, COLUMNS = 2 * LANES, QUICK_TERMS = 8 };
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -42,9 +42,10 @@ static const float SMALL_ALPHA = 1.05f, LEAST_QUICK_ALPHA = 1.002f;
 static const float LEAST_SUM = 1e-20f;
 static const float TINY = 1.17549435e-38f, LARGE = 3.40282347e38f, LOWEST_EXP = -87.3365f;
 
-// comparisons are written so that NaN stays, and is not waited for
+// comparisons are written so that NaN stays, in `larger` that of b, and is not waited for
 static inline vec larger(vec a, vec b) { return b < a ? a : b; }
 static inline vec at_least(vec x, float low) { return larger(low - vec{}, x); }
+static inline vec at_most(vec x, float high) { return x > high ? high - vec{} : x; }
 static inline bool any_above(vec x, float limit) {
     ivec above = x > limit;
     int64_t parts[LANES / 2], any = 0;
@@ -56,7 +57,7 @@ static inline bool any_above(vec x, float limit) {
 // f of every single lane
 template <class F>
 static inline vec each(F f) {
-    vec x;
+    vec x = {};
     for (int i = 0; i < LANES; i++) x[i] = f(i);
     return x;
 }
@@ -100,7 +101,8 @@ static inline vec log_one_plus(vec x, vec w) {
     return w == 1.0f ? x : log * x / (w - 1.0f);
 }
 
-// w^power for w > 0, by minimax polynomials: log2 errs by 5e-8, 2^x relatively by 1e-7. w^power must be a normal number
+// w^power for w > 0, by minimax polynomials: log2 errs by 5e-8, 2^x relatively by 1e-7. w^power must be a normal number.
+// NaN does not stay
 static inline vec raised(vec w, float power) {
     vec n, m = split(w, &n);
     vec p = -0.14574436f * m + 0.23689034f;
@@ -246,17 +248,22 @@ static vec centre(const Problem &p, float gain, vec *s, Bias bias) {
     return peak * after;
 }
 
-// a threshold left of the root, plus 1 / b. eager.py: _start
+// a threshold left of the root by more than rounding, plus 1 / b. eager.py: _start
 static vec start(const Problem &p, const vec *s) {
-    return at_least(sum_of(0, p.keys, [&](int64_t k) { return s[k * WIDTH]; }) / (float)p.keys + p.rise, 0.0f);
+    return at_least(sum_of(0, p.keys, [&](int64_t k) { return s[k * WIDTH]; }) / (float)p.keys + p.rise - 1e-6f, 0.0f);
 }
+
+// Newton's method from the left of the root comes to its right by rounding alone. A cluster of keys may have dropped out
+// there, and a step that counts the rest would be wrong for all: a short one leads back to where the next is the last
+static inline vec back_a_little(const Problem &p, vec step) { return at_least(step, -0.7f * p.enough); }
+static inline bool far_from_root(const Problem &p, vec step) { return any_above(larger(step, step * -2.0f), p.enough); }
 
 // a threshold, and a last step that adding to it would round
 struct threshold {
     vec tau, step;
 };
 
-// of entmax-1.5, or sparsemax. eager.py: _polynomial_numerators
+// that of entmax-1.5, or sparsemax. eager.py: _polynomial_numerators
 template <bool SQUARE>
 static threshold polynomial(const Problem &p, const vec *s) {
     vec tau = start(p, s) - (SQUARE ? 2.0f : 1.0f);
@@ -268,19 +275,20 @@ static threshold polynomial(const Problem &p, const vec *s) {
         });
         vec norm = SQUARE ? each([&](int i) { return sqrtf(m.a[i]); }) : m.a;
         vec step = SQUARE ? (norm - 2.0f) * norm / at_least(m.b, TINY) : (norm - 1.0f) / at_least(m.b, 1.0f);
-        if (i == p.steps || !any_above(step, p.enough)) return {tau, step};
+        step = back_a_little(p, step);
+        if (i > p.steps || !far_from_root(p, step)) return {tau, step};
         tau = tau + step;
     }
 }
 
-// any other alpha: u = tau + p, and slopes z^(p - 1) in w, a constant factor apart. eager.py: _generic_numerators
+// any other alpha: u = tau + p, and a last step of b * z. z^(p - 1), a constant factor apart, in w, for that u. eager.py:
+// _generic_numerators
 template <bool SMALL>
 static threshold generic(const Problem &p, const vec *s, vec *w) {
     const float b = p.alpha - 1.0f, power = 1.0f / b - 1.0f;
     // its power is a normal number
     const float least = exp2f(-126.0f / (power > 1.0f ? power : 1.0f));
-    vec u = start(p, s);
-    auto solve = [&](auto slope_of) {
+    auto solve = [&](vec u, auto slope_of) {
         vec top = 1.0f - u * b;
         sums m = sum_of(0, p.keys, [&](int64_t k) -> sums {
             vec base = at_least(s[k * WIDTH] * b + top, 0.0f), slope = slope_of(k, base);
@@ -288,20 +296,24 @@ static threshold generic(const Problem &p, const vec *s, vec *w) {
         });
         return sums{m.a, at_least(m.b, TINY)};
     };
+    // the largest weight is from 1 / keys to 1, which bounds u; where all is masked there is no root, and u becomes 0
+    auto moved = [&](vec u, vec step) { return at_most(at_least(u + step, 0.0f), p.rise); };
+    vec u = start(p, s);
     // the first steps, on a polynomial close to the power, cost little more than those of entmax-1.5
     for (int64_t i = 0; i < p.steps && p.alpha > LEAST_QUICK_ALPHA; i++) {
-        sums m = solve([&](int64_t, vec base) {
+        sums m = solve(u, [&](int64_t, vec base) {
             vec x = base, y = vec{} + p.quick[0];
             for (int64_t j = 0; j < p.squarings; j++) x = x * x;
             for (int j = 1; j < QUICK_TERMS; j++) y = y * x + p.quick[j];
             return base == 0.0f ? vec{} : y;
         });
         vec step = (m.a - raised(at_least(m.a, TINY), 1.0f - b)) / (m.b * b);
-        u = at_least(u + step, 0.0f);
+        u = moved(u, step);
         if (!any_above(step, 0.03f)) break;
     }
+    // they may end right of the root, and the first of these steps lead back
     for (int64_t i = 0;; i++) {
-        sums m = solve([&](int64_t k, vec base) {
+        sums m = solve(u, [&](int64_t k, vec base) {
             vec slope;
             if (SMALL) {
                 vec x = at_least((s[k * WIDTH] - u) * b, -1.0f);
@@ -313,9 +325,9 @@ static threshold generic(const Problem &p, const vec *s, vec *w) {
         vec change = SMALL ? each([&](int i) { return expm1f(logf(total[i]) * b) * expf(logf(total[i]) * (1.0f - b)); })
                            : total - raised(total, 1.0f - b);
         vec step = change / (m.b * b);
-        if (i == p.steps || !any_above(larger(step, -step), p.enough)) return {u, (m.a - 1.0f) / m.b};
-        // where all is masked there is no root, and this is where it stays
-        u = at_least(u + step, 0.0f);
+        vec next = moved(u, i ? back_a_little(p, step) : step);
+        if (i > p.steps || !far_from_root(p, next - u)) return {u, (m.a - 1.0f) / m.b};
+        u = next;
     }
 }
 
@@ -354,7 +366,7 @@ static void mix(const Problem &p, vec *s, vec *w, vec peak, Lse row_lse) {
     if (p.row_lse)
         mass = each([&](int i) {
             float part = expf(peak[i] + logf(total.a[i]) - row_lse(i));
-            return total.a[i] == 0.0f ? 0.0f : part > 1.0f ? 1.0f : part;
+            return !(part >= 0.0f) || total.a[i] == 0.0f ? 0.0f : part > 1.0f ? 1.0f : part;
         });
     vec on_dense = mass * p.dense / at_least(total.a, LEAST_SUM);
     vec on_sparse = mass * p.sparse / at_least(total.b, LEAST_SUM);

@@ -9,6 +9,7 @@ import ctypes
 import logging
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,8 +48,8 @@ class Problem(ctypes.Structure):
 class Solver(NamedTuple):
     """What the solver of cpu.cpp needs to know of an alpha and a number of keys, with p = 1 / (alpha - 1)."""
 
-    steps: int  # that suffice, whatever the scores
-    rise: float  # from the mean score to a threshold left of the root, plus p
+    steps: int  # from left of the root, whatever the scores
+    rise: float  # of the mean score, to a threshold left of the root plus p; of 0, to one right of it plus p
     enough: float  # a step below it leaves less than float's rounding
     squarings: int  # of x, before the polynomial of x ...
     quick: tuple[float, ...]  # ... of these coefficients, which is near x^(p - 1) on [0, 1]: for first steps
@@ -60,8 +61,9 @@ def solver(alpha: float, keys: int) -> Solver:
     power = 1.0 / b - 1.0
     # a power of more than about 4 has more in it than so many terms can follow
     squarings = max(0, math.ceil(math.log2(power / 4.5))) if power > 0.0 else 0
-    # a weight errs by the min(p, 2)th power of the step, a threshold by up to half the number of keys times its square
-    enough = max(2e-7, (8e-7 / keys) ** max(b, 0.5))
+    # a weight errs by up to the min(p, 2)th power of the step, a sum by that of all keys. The floor is for alpha near
+    # 2, where thresholds have no finer digits
+    enough = max(3e-7, (8e-7 / keys) ** max(b, 0.5))
     rise = -math.expm1(-b * math.log(keys)) / b
     quick = _near_power(power / 2**squarings)
     return Solver(newton_steps(keys, alpha, torch.float32), rise, enough, squarings, quick)
@@ -77,15 +79,15 @@ def _near_power(power: float) -> tuple[float, ...]:
 @cache
 def compiled_loop() -> ctypes.CDLL | None:
     """The compiled loop; None where there is no GCC for it, and, with one log line, where GCC or the loader fails."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    name, *options = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    compiler = shutil.which(name)
     if compiler is None or sys.platform != "linux":
         return None
     try:
         with tempfile.TemporaryDirectory(prefix="pladis") as folder:
             target = str(Path(folder) / "cpu.so")
-            subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", target], check=True, capture_output=True, text=True, timeout=120
-            )
+            command = [compiler, *options, *FLAGS, str(SOURCE), "-o", target]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             return ctypes.CDLL(target)
     except (subprocess.SubprocessError, OSError) as error:
         reason = next(iter((getattr(error, "stderr", None) or str(error)).splitlines()), "")

@@ -61,7 +61,7 @@ def _start(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
 
 def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int, z: torch.Tensor) -> None:
     """p = 2 (entmax-1.5) or p = 1 (sparsemax): the Newton step needs sums of z and z^2, or of z and its support."""
-    tiny = torch.finfo(scores.dtype).tiny
+    tiny, eps = torch.finfo(scores.dtype).tiny, torch.finfo(scores.dtype).eps
     tau = _start(scores, alpha, dim).sub_(1.0 / (alpha - 1.0))
     step = torch.zeros_like(tau)
     for _ in range(newton_steps(scores.shape[dim], alpha, scores.dtype)):
@@ -74,6 +74,8 @@ def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int, z: torc
         else:
             support = z.sign_().sum(dim, keepdim=True)
             step = (total - 1.0) / support.clamp_(min=1.0)
+        # back by rounding alone: where a cluster of keys has dropped out, a step that counts one key is wrong for all
+        step.clamp_(min=-eps)
     torch.sub(scores, tau, out=z).sub_(step).clamp_(min=0.0)
     if alpha == 1.5:
         z.square_()

@@ -99,13 +99,14 @@ def _moments(c, u, b, ALPHA: tl.constexpr, SMALL: tl.constexpr):
 
 @triton.jit
 def _newton_step(total, slope, b, ALPHA: tl.constexpr):
-    """How far u moves: (1 - total^-b) total / (b slope), Newton on the p-norm. 0 where every key is masked."""
+    """How far u moves: (1 - total^-b) total / (b slope), Newton on the p-norm. About 0 where every key is masked."""
     slope = tl.maximum(slope, 1e-30)
+    # back by rounding alone: impl/eager.py
     if ALPHA == 1.5:
         norm = tl.sqrt(total)
-        return 2.0 * (norm - 1.0) * norm / slope
+        return tl.maximum(2.0 * (norm - 1.0) * norm / slope, -1.2e-7)
     if ALPHA == 2:
-        return tl.where(total > 0.0, (total - 1.0) / slope, 0.0)
+        return tl.maximum((total - 1.0) / slope, -1.2e-7)
     total = tl.maximum(total, 1e-30)
     return -_expm1(-b * tl.log(total)) * total / (b * slope)
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 from test_attention import definition
-from test_entmax import ALPHAS, clusters, hard_scores, oracle
+from test_entmax import ALPHAS, cliffs, clusters, hard_scores, oracle
 
 from pladis_core import pladis_attention
 from pladis_core.impl import cpu
@@ -45,6 +45,22 @@ def test_weights_match_the_entmax_package(alpha, keys):
 def test_one_peak_over_a_cluster_of_nearly_equal_scores(alpha, keys):
     for scores in clusters(alpha, keys):
         assert (weights_of(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("keys", (20, 77, 300))
+@pytest.mark.parametrize("alpha", (1.5, 1.9, 1.99, 2.0))
+def test_a_cluster_where_entmax_prunes(alpha, keys):
+    """A last step is not solved more finely than to two roundings, which every key may err by."""
+    scores = cliffs(alpha, keys)
+    assert (weights_of(scores, alpha) - oracle(scores, alpha)).abs().max() <= 2 * keys * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("alpha", (1.36, 1.4, 1.45, 1.49))
+def test_a_long_row_just_above_where_entmax_prunes(alpha):
+    """There the polynomial of the first steps is below 0, and its sum over so many keys too."""
+    scores = torch.full((8, 3000), -(1 - 1e-4) / (alpha - 1))
+    scores[:, :2] = torch.tensor([0.0, -0.5])
+    assert (weights_of(scores, alpha) - oracle(scores, alpha)).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -95,6 +111,11 @@ def test_threads_do_not_change_a_bit():
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_a_compiler_with_options(not_compiled_yet, monkeypatch):
+    monkeypatch.setenv("CXX", "env g++ -w")
+    assert cpu.compiled_loop() is not None
 
 
 def test_without_a_compiler_nothing_is_said(not_compiled_yet, monkeypatch, caplog):

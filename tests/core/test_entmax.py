@@ -39,6 +39,12 @@ def clusters(alpha: float, keys: int):
         yield torch.cat([torch.zeros(64, 1), cluster], 1)
 
 
+def cliffs(alpha: float, keys: int) -> torch.Tensor:
+    """One peak, and all other keys within a few roundings of where entmax prunes."""
+    edge = torch.linspace(-3e-6, 3e-6, 61).unsqueeze(1) - 1 / (alpha - 1)
+    return torch.cat([torch.zeros(61, 1), edge.expand(61, keys - 1)], 1)
+
+
 @pytest.mark.parametrize("keys", SIZES)
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_matches_the_entmax_package(alpha, keys):
@@ -52,6 +58,14 @@ def test_one_peak_over_a_cluster_of_nearly_equal_scores(alpha, keys):
     """A start token and padding: the rounding of a threshold counts once per key of the support."""
     for scores in clusters(alpha, keys):
         assert (entmax(scores, alpha) - oracle(scores, alpha)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("keys", (20, 77, 300))
+@pytest.mark.parametrize("alpha", (1.5, 1.9, 1.99, 2.0))
+def test_a_cluster_where_entmax_prunes(alpha, keys):
+    """There every key may err by the rounding of the threshold, and the peak by the sum of that."""
+    scores = cliffs(alpha, keys)
+    assert (entmax(scores, alpha) - oracle(scores, alpha)).abs().max() <= keys * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("above", (1e-12, 1e-9, 1e-8, 1e-7))

@@ -13,6 +13,7 @@ import entmax as entmax_package
 import pytest
 import torch
 from test_attention import definition
+from test_entmax import cliffs, oracle
 
 from pladis_core import api, pladis_attention, pladis_correction
 
@@ -124,6 +125,15 @@ def test_rows_on_which_the_solver_has_it_hard(shape, alpha):
     out = pladis_attention(query, key, value, scale=1.0, alpha=alpha, enable_gqa=True, backend="triton")
     expected = definition(query, key, value, scale=1.0, alpha=alpha)
     assert (out.double() - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("alpha", (1.99, 2.0))
+def test_a_cluster_where_entmax_prunes(alpha):
+    scores = cliffs(alpha, 77).to(DEVICE)
+    identity = torch.eye(77, device=DEVICE)[None, None]
+    mix = {"scale": 1.0, "lam": 1.0, "alpha": alpha}
+    weights = pladis_attention(scores[None, None], identity, identity, **mix, backend="triton")[0, 0]
+    assert (weights.cpu() - oracle(scores.cpu(), alpha)).abs().max() <= 77 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(("shape", "alpha"), [("odd", 1.25), ("odd", 1.5), ("odd", 2.0), ("streaming", 1.5)])
