@@ -5,9 +5,9 @@ The threshold of alpha-entmax. With b = alpha - 1, p = 1 / b and scores c <= 0 w
     entmax(c)_i = [b * z_i]^p,   z_i = [c_i - tau]_+,   tau such that the weights sum to 1, i.e. ||z||_p = p.
 
 The p-norm of z is a convex, decreasing function of tau, so Newton's method from the left of the root is monotone and
-cannot overshoot. Newton on the norm, rather than on the sum, makes the step exact when all scores are equal and when
-alpha -> 1 (where it reads u += log sum exp(c - u)), and needs fewer steps in between. A start left of the root:
-tau >= -p (the largest score alone) and tau >= mean(c) - p * n^-b (power means). With t = ||z||_p - p, every step
+overshoots by rounding alone. Newton on the norm, rather than on the sum, makes the step exact when all scores are equal
+and when alpha -> 1 (where it reads u += log sum exp(c - u)), and needs fewer steps in between. A start left of the
+root: tau >= -p (the largest score alone) and tau >= mean(c) - p * n^-b (power means). With t = ||z||_p - p, every step
 shrinks t * |t'| at least fourfold (t convex), and it starts below p * n^(2b): the number of steps is known beforehand,
 no convergence test, no host synchronisation. The last step is not added to tau, which would round it, but to z or to
 the weights: a large support multiplies such a rounding.
