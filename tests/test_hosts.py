@@ -26,7 +26,7 @@ sys.path.extend(sys.argv.pop(1).splitlines())
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
-# shorter than the start of a process: these share one
+# hardly longer than the start of a process: these share one
 TOGETHER = (
     "compatibility", "composition", "help", "layers", "locales", "peers", "schema", "strength", "sweep", "transformers",
     "windows",

@@ -36,7 +36,7 @@ struct Problem {
     float alpha, dense, sparse, rise, enough, quick[QUICK_TERMS];
 };
 
-// below it 1 + x forgets the digits of x that entmax near softmax needs; below the other, any power of it is useless
+// below the first, 1 + x forgets digits of x that entmax near softmax needs; below the second, those of first steps too
 static const float SMALL_ALPHA = 1.05f, LEAST_QUICK_ALPHA = 1.002f;
 // sums of weights are about 1, and 0 where all is masked: then no lambda may make the quotient infinite
 static const float LEAST_SUM = 1e-20f;
@@ -101,8 +101,8 @@ static inline vec log_one_plus(vec x, vec w) {
     return w == 1.0f ? x : log * x / (w - 1.0f);
 }
 
-// w^power for w > 0, by minimax polynomials: log2 errs by 5e-8, 2^x relatively by 1e-7. w^power must be a normal number.
-// NaN does not stay
+// w^power for w > 0, by minimax polynomials: log2 errs by 5e-8, 2^x relatively by 1e-7. w^power must be a normal
+// number. NaN does not stay
 static inline vec raised(vec w, float power) {
     vec n, m = split(w, &n);
     vec p = -0.14574436f * m + 0.23689034f;
@@ -253,10 +253,13 @@ static vec start(const Problem &p, const vec *s) {
     return at_least(sum_of(0, p.keys, [&](int64_t k) { return s[k * WIDTH]; }) / (float)p.keys + p.rise - 1e-6f, 0.0f);
 }
 
-// Newton's method from the left of the root comes to its right by rounding alone. A cluster of keys may have dropped out
-// there, and a step that counts the rest would be wrong for all: a short one leads back to where the next is the last
+// Newton's method from the left of the root comes to its right by rounding alone. A cluster of keys may have dropped
+// out there, and a step that counts the rest would be wrong for all: a short one leads back to where the next is the
+// last
 static inline vec back_a_little(const Problem &p, vec step) { return at_least(step, -0.7f * p.enough); }
-static inline bool far_from_root(const Problem &p, vec step) { return any_above(larger(step, step * -2.0f), p.enough); }
+static inline bool far_from_root(const Problem &p, vec step) {
+    return any_above(larger(step, step * -2.0f), p.enough);
+}
 
 // a threshold, and a last step that adding to it would round
 struct threshold {
@@ -281,8 +284,8 @@ static threshold polynomial(const Problem &p, const vec *s) {
     }
 }
 
-// any other alpha: u = tau + p, and a last step of b * z. z^(p - 1), a constant factor apart, in w, for that u. eager.py:
-// _generic_numerators
+// any other alpha: u = tau + p, and a last step of b * z. z^(p - 1), a constant factor apart, in w, for that u.
+// eager.py: _generic_numerators
 template <bool SMALL>
 static threshold generic(const Problem &p, const vec *s, vec *w) {
     const float b = p.alpha - 1.0f, power = 1.0f / b - 1.0f;
