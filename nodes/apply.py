@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 from typing_extensions import override
 
-from .hosting import Settings, apply_settings, text_layers
-from .inputs import SEARCH_ALIASES, common_inputs, model_output
+from .hosting import Settings, apply_settings, find_target
+from .inputs import SEARCH_ALIASES, common_inputs, model_output, unique_id
 
 
 class PLADISApply(io.ComfyNode):
@@ -23,6 +23,7 @@ class PLADISApply(io.ComfyNode):
             search_aliases=SEARCH_ALIASES,
             inputs=common_inputs(),
             outputs=[model_output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -30,5 +31,6 @@ class PLADISApply(io.ComfyNode):
     def execute(
         cls, model: io.Model.Type, scale: float, alpha: float, start_percent: float, end_percent: float
     ) -> io.NodeOutput:
-        settings = Settings(frozenset(text_layers(model)), scale, alpha, start_percent, end_percent)
-        return io.NodeOutput(apply_settings(model, settings))
+        target = find_target(model)
+        settings = Settings(frozenset(target.layers), scale, alpha, start_percent, end_percent)
+        return io.NodeOutput(apply_settings(model, settings, target, unique_id(cls)))

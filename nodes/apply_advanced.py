@@ -13,9 +13,9 @@ from .hosting import (
     apply_settings,
     block_names,
     choose_layers,
-    text_layers,
+    find_target,
 )
-from .inputs import SEARCH_ALIASES, common_inputs, model_output
+from .inputs import SEARCH_ALIASES, common_inputs, model_output, unique_id
 
 
 class PLADISApplyAdvanced(io.ComfyNode):
@@ -97,6 +97,7 @@ class PLADISApplyAdvanced(io.ComfyNode):
                 ),
             ],
             outputs=[model_output()],
+            hidden=[io.Hidden.unique_id],
             # what it reports for the picker in web/ comes from the host's cache too
             has_intermediate_output=True,
         )
@@ -118,9 +119,10 @@ class PLADISApplyAdvanced(io.ComfyNode):
         end_scale: float = 0.0,
         norm_cap: float = 0.0,
     ) -> io.NodeOutput:
-        found = text_layers(model, force_unknown)
+        target = find_target(model, force_unknown)
         settings = Settings(
-            choose_layers(layers, blocks, found), scale, alpha, start_percent, end_percent, apply_to, scale_schedule,
-            end_scale, norm_cap,
+            choose_layers(layers, blocks, target.layers), scale, alpha, start_percent, end_percent, apply_to,
+            scale_schedule, end_scale, norm_cap,
         )  # fmt: skip
-        return io.NodeOutput(apply_settings(model, settings), ui={"pladis_blocks": block_names(found)})
+        model = apply_settings(model, settings, target, unique_id(cls))
+        return io.NodeOutput(model, ui={"pladis_blocks": block_names(target.layers)})

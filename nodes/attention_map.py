@@ -6,9 +6,9 @@ import torch
 from comfy_api.latest import io
 from typing_extensions import override
 
-from .hosting import LAYER_CHOICES, Settings, choose_layers, layer_names, text_layers
-from .hosting.attention_map import KINDS, AttentionMaps, watch_attention
-from .hosting.words import Word, find_words
+from .hosting import LAYER_CHOICES, Settings, choose_layers, find_target, layer_names
+from .hosting.looking.attention_map import KINDS, AttentionMaps, watch_attention
+from .hosting.looking.words import Word, find_words
 from .inputs import SEARCH_ALIASES
 from .pictures import draw_bars, draw_map, fitted, map_size
 
@@ -136,11 +136,12 @@ class PLADISAttentionMap(io.ComfyNode):
         prompt: str = "",
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        every = text_layers(model)
+        target = find_target(model)
+        every = target.layers
         watched = choose_layers(layers, blocks, every)
         found = find_words(words, prompt, clip, positive[0][0].shape[1])
         settings = Settings(frozenset(every), scale, alpha)
-        seen = watch_attention(model, positive, latent, percent, seed, settings, found, watched)
+        seen = watch_attention(model, positive, latent, percent, seed, settings, target, found, watched)
         names = {layer: name for layer, name in zip(every, layer_names(every), strict=True) if layer in seen.reports}
         figures = {head: [mean(seen, layer, head) for layer in names] for head in FIGURES}
         title = f"percent {percent:g}, scale {scale:g}, alpha {alpha:g}"

@@ -57,3 +57,8 @@ def model_output() -> io.Output:
         display_name="model",
         tooltip="A copy of the model with PLADIS. It composes with other model patches in any order of the nodes.",
     )
+
+
+def unique_id(node: type[io.ComfyNode]) -> str | None:
+    """The id of the node that runs, where a graph runs it."""
+    return getattr(node.hidden, "unique_id", None) if node.hidden is not None else None

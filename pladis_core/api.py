@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 
-from .impl import cpu, eager
+from .impl import cpu, eager, gradient
+from .impl.common import wants_grad
 
 BACKENDS = ("auto", "reference", "portable", "eager", "triton")
 LOGGER = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ def pladis_weights(scores: torch.Tensor, lam: float = 2.0, alpha: float = 1.5, d
         dim: the axis that sums to 1.
 
     Returns:
-        Weights of the shape of `scores`, float32 (float64 for float64 scores).
+        Weights of the shape of `scores`, float32 (float64 for float64 scores). Differentiable once.
 
     Raises:
         ValueError: alpha outside [1, 2], lam beyond 1e6, `dim` out of range, scores not floating point.
@@ -59,11 +61,8 @@ def pladis_weights(scores: torch.Tensor, lam: float = 2.0, alpha: float = 1.5, d
         raise ValueError(f"scores must be floating point, not {scores.dtype}: convert them with .float()")
     if not -scores.ndim <= dim < scores.ndim:
         raise ValueError(f"dim {dim} is out of range for scores of shape {tuple(scores.shape)}")
-    if _wants_grad(scores):
-        from .impl import reference
-
-        return reference.mix_weights(scores, alpha, dim, 1.0 - lam, lam)
-    return eager.mix_weights(scores, alpha, dim, 1.0 - lam, lam)
+    mix = gradient.mix_weights if wants_grad(scores) else eager.mix_weights
+    return mix(scores, alpha, dim, 1.0 - lam, lam)
 
 
 def pladis_attention(
@@ -93,8 +92,8 @@ def pladis_attention(
         enable_gqa: H may be a multiple of Hkv; consecutive query heads share a key head.
         backend: "triton" (the fused kernel for GPUs), "eager" (on a CPU with a compiler a fused loop, elsewhere
             "portable"), "portable" (PyTorch in chunks, on any device) or "reference" (materialised, on the `entmax`
-            package, differentiable). "auto" is triton where it works, eager elsewhere, and reference where a gradient
-            is wanted.
+            package). "auto" is triton where it works, eager elsewhere. All but an explicit "triton" have a first
+            derivative, in every floating input (`impl/gradient.py`).
 
     Returns:
         (B, H, Lq, Dv) in query's dtype. Scores and weights are float32 or wider whatever the input dtype. A query whose
@@ -102,7 +101,7 @@ def pladis_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, alpha outside [1, 2], lam beyond 1e6, scale not finite,
-            an unknown backend, a gradient asked of a backend that has none, or tensors that the triton backend cannot
+            an unknown backend, a gradient asked of the triton backend, or tensors that the triton backend cannot
             take.
         ImportError: the reference backend without the `entmax` package, the triton backend without Triton.
     """
@@ -136,7 +135,7 @@ def pladis_correction(
         Others: as in `pladis_attention`.
 
     Returns:
-        (B, H, Lq, Dv) in query's dtype.
+        (B, H, Lq, Dv) in query's dtype. Differentiable as in `pladis_attention`, in mass and row_lse too.
 
     Raises:
         ValueError, ImportError: as in `pladis_attention`; also a mass or row_lse that does not broadcast, or both.
@@ -161,21 +160,24 @@ def _attend(
     attn_mask = _broadcast("attn_mask", attn_mask, (*rows, key.shape[-2]))
     mass = _broadcast("mass", mass, (*rows, 1))
     row_lse = _broadcast("row_lse", row_lse, (*rows, 1))
-    implementation = _backend(backend, _wants_grad(query, key, value, attn_mask, mass, row_lse))
+    implementation = _backend(backend, wants_grad(query, key, value, attn_mask, mass, row_lse))
     return implementation(query, key, value, attn_mask, scale, alpha, dense, sparse, mass, row_lse)
 
 
-def _backend(name: str, wants_grad: bool):
+def _backend(name: str, with_gradient: bool):
     """The `attend` function of a backend."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    if name in ("portable", "eager", "triton") and wants_grad:
-        raise ValueError(f"backend {name!r} has no gradient: use backend='reference', or torch.no_grad()")
-    if name == "reference" or wants_grad:
+    if name == "reference":
         from .impl import reference
 
         return reference.attend
-    return {"auto": _fastest, "portable": eager.attend, "eager": _eager, "triton": _fused}[name]
+    attend = {"auto": _fastest, "portable": eager.attend, "eager": _eager, "triton": _fused}[name]
+    if not with_gradient:
+        return attend
+    if name == "triton":
+        raise ValueError("backend 'triton' has no gradient: use backend='auto', or torch.no_grad()")
+    return partial(gradient.attend, attend)
 
 
 def _eager(query, key, value, *rest) -> torch.Tensor:
@@ -222,10 +224,6 @@ def _has_gpu_compiler(device: torch.device) -> bool:
 
 # ComfyUI on Windows often comes without Triton: nothing to report. After one failure it is not tried again.
 _triton_works = find_spec("triton") is not None
-
-
-def _wants_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check_mix(lam: float, alpha: float) -> None:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
 
 from .api import pladis_correction
-from .impl.common import additive_mask, compute_dtype
+from .impl.common import additive_mask, compute_dtype, wants_grad
 
 # scores of one chunk of the portable pass
 CHUNK_ELEMENTS = 1 << 22
@@ -69,12 +71,22 @@ def attention_with_lse(
     """What `scaled_dot_product_attention` computes, by the kernel that it would pick, and the rows' log-sum-exp.
 
     Returns:
-        (B, H, Lq, D) in query's dtype and (B, H, Lq, 1) in float32 or wider; None where that kernel returns no
-        log-sum-exp (another device, its mathematical fallback).
+        (B, H, Lq, D) in query's dtype and (B, H, Lq, 1) in float32 or wider, both differentiable; None where that
+        kernel returns no log-sum-exp (another device, its mathematical fallback) or no gradient (of a mask).
     """
+    if wants_grad(attn_mask):
+        return None
     key, value = _repeated(query, key, value) if enable_gqa else (key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     attn_mask = _kernel_mask(attn_mask, query, key)
+    result = _by_kernel(query, key, value, attn_mask, scale)
+    if result is None or not wants_grad(query, key, value):
+        return result
+    # the kernel keeps its output for the backward pass, and callers write into theirs
+    return result[0].clone(), _with_gradient(result[1], query, key, attn_mask, scale)
+
+
+def _by_kernel(query, key, value, attn_mask, scale) -> tuple[torch.Tensor, torch.Tensor] | None:
     if query.device.type == "cpu":
         if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
             return None
@@ -99,15 +111,48 @@ def log_sum_exp(
     """log sum exp of every row's scaled and masked scores: (B, H, Lq, 1), float32 or wider.
 
     CPU: the flash kernel on the keys as values. CUDA: the memory-efficient kernel with `NARROW` value columns, which
-    is about the half of an attention. Elsewhere: chunked scores.
+    is about the half of an attention. Elsewhere, and where a mask wants a gradient: chunked scores.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if query.device.type == "cpu":
-        return attention_with_lse(query, key, key, attn_mask, scale, enable_gqa=enable_gqa)[1]
-    key, _ = _repeated(query, key, key) if enable_gqa else (key, key)
-    if query.device.type == "cuda" and query.dtype != torch.float64:
-        return _efficient(query, key, key[..., :NARROW], _kernel_mask(attn_mask, query, key), scale)[1]
-    return _chunked_lse(query, key, attn_mask, scale)
+    (key,) = _repeated(query, key) if enable_gqa else (key,)
+    if wants_grad(attn_mask):
+        return _chunked_lse(query, key, attn_mask, scale)
+    with torch.no_grad():
+        if query.device.type == "cpu":
+            lse = _by_kernel(query, key, key, _kernel_mask(attn_mask, query, key), scale)[1]
+        elif query.device.type == "cuda" and query.dtype != torch.float64:
+            lse = _efficient(query, key, key[..., :NARROW], _kernel_mask(attn_mask, query, key), scale)[1]
+        else:
+            lse = _chunked_lse(query, key, attn_mask, scale)
+    return _with_gradient(lse, query, key, attn_mask, scale)
+
+
+def _with_gradient(lse, query, key, mask, scale) -> torch.Tensor:
+    """lse with its gradient in query and key: kernels return it without one."""
+    if not wants_grad(query, key):
+        return lse
+    return _LogSumExp.apply(lse, query, key, _kernel_mask(mask, query, key), scale)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """d lse / dS is softmax(S), and attention kernels multiply by that, and by its transpose on their way back."""
+
+    @staticmethod
+    def forward(ctx, lse, query, key, mask, scale):
+        ctx.save_for_backward(query, key, mask)
+        ctx.scale = scale
+        return lse.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, mask = ctx.saved_tensors
+        values = key.detach().requires_grad_()
+        grad = (grad * ctx.scale).to(query.dtype)
+        with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
+            average = scaled_dot_product_attention(query.detach(), key.detach(), values, mask, scale=ctx.scale)
+            (of_key,) = torch.autograd.grad(average, values, grad * query)
+        return None, grad * average.detach(), of_key, None, None
 
 
 def _chunked_lse(query, key, attn_mask, scale) -> torch.Tensor:
@@ -121,6 +166,8 @@ def _chunked_lse(query, key, attn_mask, scale) -> torch.Tensor:
         scores = query[:, :, part].to(dtype) @ key.to(dtype).mT * scale
         if mask is not None:
             scores += additive_mask(mask[:, :, part], dtype)
+            # the log-sum-exp of nothing but -inf has no slope
+            scores.clamp_(min=torch.finfo(dtype).min)
         parts.append(scores.logsumexp(-1, keepdim=True))
     return torch.cat(parts, -2)
 

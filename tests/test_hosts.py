@@ -29,7 +29,6 @@ sys.exit(pytest.main(sys.argv[1:]))
 # hardly longer than the start of a process: these share one
 TOGETHER = (
     "compatibility", "composition", "help", "layers", "locales", "peers", "schema", "strength", "sweep", "transformers",
-    "windows",
 )  # fmt: skip
 # about our fixtures, samplers and inputs, which do not differ between hosts: for time, on the newest alone
 NEWEST_ALONE = ("family_fixtures", "distilled", "fuzz")

@@ -1,11 +1,16 @@
-"""The only code that knows ComfyUI's hooks: which layers, when, composed with whom."""
+"""The only code that knows ComfyUI's hooks: which layers, when, composed with whom.
 
-from .layers import LAYER_CHOICES, block_names, choose_layers, layer_names, text_layers
+`wrappers` is the way in, from an Apply node to a model call. Rooms: `models` (families, their layers, what their rows are
+made of), `roads` (the ways to a layer's attention), `looking` (maps and words).
+"""
+
+from .models.layers import LAYER_CHOICES, block_names, choose_layers, layer_names
+from .models.target import Target, find_target
 from .sampling import concatenate, samplers, schedulers
 from .settings import APPLY_TO, SCHEDULES, Settings
 from .wrappers import apply_settings
 
 __all__ = [
-    "APPLY_TO", "LAYER_CHOICES", "SCHEDULES", "Settings", "apply_settings", "block_names", "choose_layers",
-    "concatenate", "layer_names", "samplers", "schedulers", "text_layers",
+    "APPLY_TO", "LAYER_CHOICES", "SCHEDULES", "Settings", "Target", "apply_settings", "block_names", "choose_layers",
+    "concatenate", "find_target", "layer_names", "samplers", "schedulers",
 ]  # fmt: skip

@@ -5,12 +5,11 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from .layers import Layer
+from .models.layers import Layer
 
 TABLE_STEPS = 512
 _sigma_tables: WeakKeyDictionary[Any, list[float]] = WeakKeyDictionary()
@@ -25,32 +24,31 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """PLADIS on `layers` with lambda `scale`, inside a window of the noise schedule, for some of the prompts.
+    """PLADIS on `layers` with lambda `lam`, inside a window of the noise schedule, for some of the prompts.
 
-    Over the window, lambda goes to `end_scale` on the curve of `schedule`. `norm_cap` limits the length of every
-    attention output to that many times its length without PLADIS; 0 is no limit. `watch` is called with what every
-    text attention gets (hosting/attention_map.py).
+    Over the window, lambda goes to `end_lam` on the curve of `schedule`. `norm_cap` limits the length of every
+    attention output to that many times its length without PLADIS; 0 is no limit.
 
     Raises:
-        ValueError: a scale not finite, alpha outside [1, 2], a percent outside [0, 1], start after end, unknown
+        ValueError: a lambda not finite, alpha outside [1, 2], a percent outside [0, 1], start after end, unknown
             apply_to or schedule, a norm_cap below 0.
     """
 
     layers: frozenset[Layer]
-    scale: float = 2.0
+    lam: float = 2.0
     alpha: float = 1.5
     start_percent: float = 0.0
     end_percent: float = 1.0
     apply_to: str = "both"
     schedule: str = "constant"
-    end_scale: float = 0.0
+    end_lam: float = 0.0
     norm_cap: float = 0.0
-    watch: Callable[..., Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("scale", "end_scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, not {getattr(self, name)}. The paper uses 2.")
+        # by the names that the node's inputs have
+        for name, lam in (("scale", self.lam), ("end_scale", self.end_lam)):
+            if not math.isfinite(lam):
+                raise ValueError(f"{name} must be a finite number, not {lam}. The paper uses 2.")
         if not 1.0 <= self.alpha <= 2.0:
             raise ValueError(f"alpha must lie between 1 and 2, not {self.alpha}. The paper uses 1.5.")
         for name in ("start_percent", "end_percent"):
@@ -70,11 +68,9 @@ class Settings:
 
     @property
     def is_off(self) -> bool:
-        """Whether these settings do nothing: lambda 0, or an alpha at which entmax is softmax, and nobody watches."""
-        if self.watch is not None:
-            return False
-        scales = {self.scale} if self.schedule == "constant" else {self.scale, self.end_scale}
-        return scales == {0.0} or self.alpha == 1.0
+        """Whether these settings do nothing: lambda 0, or an alpha at which entmax is softmax."""
+        lams = {self.lam} if self.schedule == "constant" else {self.lam, self.end_lam}
+        return lams == {0.0} or self.alpha == 1.0
 
     @property
     def whole_schedule(self) -> bool:
@@ -88,11 +84,12 @@ class Settings:
         width = self.end_percent - self.start_percent
         position = (percent_of(sigma, model_sampling) - self.start_percent) / width if width > 0.0 else 0.0
         way = SCHEDULES[self.schedule](min(max(position, 0.0), 1.0))
-        return replace(self, scale=self.scale + way * (self.end_scale - self.scale), schedule="constant")
+        return replace(self, lam=self.lam + way * (self.end_lam - self.lam), schedule="constant")
 
-    def on(self, layer: Layer, **known) -> Settings:
-        """These settings for one layer; the watcher is told the layer and what is known of it."""
-        return self if self.watch is None else replace(self, watch=partial(self.watch, layer, **known))
+    def describe(self) -> str:
+        """`lambda 2, alpha 1.5`."""
+        lam = f"{self.lam:g}" if self.schedule == "constant" else f"{self.lam:g} to {self.end_lam:g}"
+        return f"lambda {lam}, alpha {self.alpha:g}"
 
     def without(self, layers: frozenset[Layer]) -> Settings:
         return replace(self, layers=self.layers - layers)

@@ -1,132 +1,217 @@
 """How PLADIS gets into a model call: keyed wrappers on the MODEL, which take no hook slot before it.
 
 At each model call APPLY_MODEL sees the final transformer_options, with the patches of nodes wired before and after. On
-its own copy it puts a hook in front of whatever sits in each slot. Nothing is left behind when the call returns.
+its own copy it puts what the network's road needs. Nothing is left behind when the call returns.
+
+Down from the sampler: OUTER_SAMPLE opens the run's receipt, CALC_COND_BATCH reads the conditionings, APPLY_MODEL acts.
+Each hands on to the next in one entry of transformer_options, and puts the next one back where another pack dropped it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from comfy.patcher_extension import WrappersMP
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from .compiled import is_compiled, run_compiled, uncompiled, warn_of_frozen_settings
-from .conditioning import GUIDER_KEY, TABLE_KEY, GuiderConds, batch_chunks, read_conditioning
-from .families import UNET, find_family, network_of
-from .hook import ModelCall, PladisHook, refuse_another_pladis
-from .layers import unet_layers
+from .batch import Known, read_batch, read_conditioning, read_guider
+from .models.families import UNET
+from .models.target import Target
+from .receipt import Applied, Receipt, show_on_node
+from .roads import by_shape, compiled, transformer, unet
+from .running import KEY, ModelCall, hooked, running
 from .settings import Settings
-from .transformer import text_attention
+from .suspects import suspects
 
-KEY = "pladis"
+KINDS = (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
 
 
-def apply_settings(model, settings: Settings):
-    """A clone of MODEL with PLADIS. Settings of an earlier Apply node stay on the layers that these do not cover."""
+def apply_settings(
+    model, settings: Settings, target: Target, node: str | None = None, watch: Callable[..., Any] | None = None
+):
+    """A clone of MODEL with PLADIS. Settings of an earlier Apply node stay on the layers that these do not cover.
+
+    `node`: the id of the node on which to report. `watch` is called with what every text attention gets.
+    """
     model = model.clone()
-    earlier = [s for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for s in wrapper.settings]
-    kept = (s.without(settings.layers) for s in earlier)
-    everything = (*(s for s in kept if s.layers), settings)
-    wrappers = {
-        WrappersMP.APPLY_MODEL: ApplyModel(everything),
-        WrappersMP.CALC_COND_BATCH: calc_cond_batch,
-        WrappersMP.PREDICT_NOISE: predict_noise,
-    }
-    if all(s.apply_to == "both" for s in everything):
-        del wrappers[WrappersMP.PREDICT_NOISE]
-    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH, WrappersMP.PREDICT_NOISE):
+    earlier = [a for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for a in wrapper.applied]
+    kept = [replace(a, settings=a.settings.without(settings.layers)) for a in earlier]
+    everything = (*(a for a in kept if a.settings.layers), Applied(settings, node))
+    apply_model = ApplyModel(everything, target, watch)
+    for kind, wrapper in zip(
+        KINDS, (OuterSample(apply_model), CalcCondBatch(apply_model), apply_model), strict=True
+    ):
         model.remove_wrappers_with_key(kind, KEY)
-        if kind in wrappers:
-            model.add_wrapper_with_key(kind, KEY, wrappers[kind])
+        model.add_wrapper_with_key(kind, KEY, wrapper)
+    model.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
+    model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, refuse_a_dropped_promise)
     return model
 
 
-def predict_noise(executor, x, timestep, model_options: dict[str, Any], seed=None):
-    """PREDICT_NOISE wrapper: hands the guider's names of the conditionings down to `calc_cond_batch`."""
-    guider = GuiderConds(executor.class_obj.conds)
-    return executor(x, timestep, _with_option(model_options, GUIDER_KEY, guider), seed)
+def refuse_a_dropped_promise(model) -> None:
+    """ON_PRE_RUN callback: another pack took all of our wrappers off this MODEL.
+
+    Raises:
+        RuntimeError: it did.
+    """
+    if not any(model.get_wrappers(kind, KEY) for kind in KINDS):
+        packs = suspects(model, model.model_options)
+        raise RuntimeError(
+            "PLADIS: another node took Apply PLADIS off this model" + (f" ({', '.join(packs)})" if packs else "")
+            + ". Place Apply PLADIS behind it, next to the sampler, or remove it."
+        )  # fmt: skip
 
 
-def calc_cond_batch(executor, model, conds, x_in, timestep, model_options: dict[str, Any]):
+@dataclass(frozen=True)
+class Context:
+    """What the wrappers hand down. An object, because the host copies every dict in transformer_options.
+
+    `guider` has the run's conditionings by name, `known` those of this `calc_cond_batch` call.
+    """
+
+    guider: Any = None
+    receipt: Receipt | None = None
+    # open until the run's end
+    stack: contextlib.ExitStack | None = None
+    known: tuple[Known, ...] | None = None
+    compile_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def conditionings(self) -> tuple[Known, ...]:
+        if self.known is not None:
+            return self.known
+        return read_guider(self.named()) if self.guider is not None else ()
+
+    def named(self) -> Mapping[str, Any]:
+        return getattr(self.guider, "conds", None) or {}
+
+
+@dataclass(frozen=True)
+class OuterSample:
+    """OUTER_SAMPLE wrapper (comfy/samplers.py, CFGGuider.sample): one run, its receipt, its steps."""
+
+    apply_model: ApplyModel
+
+    def __call__(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *rest, **more):
+        guider, applied = executor.class_obj, self.apply_model.applied
+        packs = suspects(guider.model_patcher, guider.model_options)
+        receipt = Receipt(applied, self.apply_model.target, packs)
+
+        def step_is_done(*values):
+            receipt.end_step()
+            return callback(*values) if callback is not None else None
+
+        with contextlib.ExitStack() as stack:
+            options = guider.model_options.setdefault("transformer_options", {})
+            options[KEY] = Context(guider, receipt, stack)
+            _put_back(options, CalcCondBatch(self.apply_model), self.apply_model)
+            out = executor(noise, latent_image, sampler, sigmas, denoise_mask, step_is_done, *rest, **more)
+        for node, words in receipt.finish():
+            if node is not None:
+                show_on_node(node, words)
+        return out
+
+
+@dataclass(frozen=True)
+class CalcCondBatch:
     """CALC_COND_BATCH wrapper: hands each conditioning's role and own length down to the model call."""
-    warn_of_frozen_settings(model_options)
-    table = read_conditioning(conds, x_in.shape[0], model_options["transformer_options"].get(GUIDER_KEY))
-    return executor(model, conds, x_in, timestep, _with_option(model_options, TABLE_KEY, table))
+
+    apply_model: ApplyModel
+
+    def __call__(self, executor, model, conds, x_in, timestep, model_options: dict[str, Any]):
+        compiled.warn_of_frozen_settings(model_options)
+        options = dict(model_options.get("transformer_options", {}))
+        context = options.get(KEY) or Context()
+        options[KEY] = replace(
+            context, known=read_conditioning(conds, context.named()),
+            compile_arguments=model_options.get(compiled.COMPILE_ARGUMENTS) or {},
+        )  # fmt: skip
+        _put_back(options, CalcCondBatch(self.apply_model), self.apply_model)
+        return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
 
 
-def _with_option(model_options: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    return {**model_options, "transformer_options": {**model_options["transformer_options"], key: value}}
+def _put_back(options: dict[str, Any], calc_cond_batch: CalcCondBatch, apply_model: ApplyModel) -> None:
+    """Wrappers of ours that another pack dropped, and torch.compile's behind them, so that ours can leave it out."""
+    wrappers = options["wrappers"] = dict(options.get("wrappers", {}))
+    for kind, ours in ((WrappersMP.CALC_COND_BATCH, calc_cond_batch), (WrappersMP.APPLY_MODEL, apply_model)):
+        keyed = wrappers[kind] = dict(wrappers.get(kind, {}))
+        keyed.setdefault(KEY, [ours])
+    if compiled.COMPILE_KEY in keyed:
+        keyed[compiled.COMPILE_KEY] = keyed.pop(compiled.COMPILE_KEY)
 
 
 @dataclass(frozen=True)
 class ApplyModel:
-    """APPLY_MODEL wrapper (comfy/model_base.py, BaseModel.apply_model): installs the hooks of this model call."""
+    """APPLY_MODEL wrapper (comfy/model_base.py, BaseModel.apply_model): one model call with PLADIS."""
 
-    settings: tuple[Settings, ...]
+    applied: tuple[Applied, ...]
+    target: Target
+    watch: Callable[..., Any] | None = field(default=None, compare=False)
 
     def __call__(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **extra
     ):
-        transformer_options = transformer_options or {}
-        base = executor.class_obj
-        family = find_family(base)
-        arguments = {"x": x, "c_crossattn": c_crossattn, **extra}
-        text = arguments.get("c_crossattn" if family is None else family.text)
-        active, call = [], None
-        if text is not None:
-            call = ModelCall(x.shape[0], text.shape[1], batch_chunks(transformer_options, x.shape[0]))
-            roles = {"both", *(chunk.role for chunk in call.chunks)}
-            active = [s for s in self._active(t, base.model_sampling) if not call.chunks or s.apply_to in roles]
+        options = dict(transformer_options or {})
+        # neither other packs' code nor the guards of torch.compile ever see it
+        context = options.pop(KEY, None) or Context()
+        if self.watch is None and all(a.settings.is_off for a in self.applied):
+            return executor(x, t, c_concat, c_crossattn, control, options, **extra)
+        target = self.target.on(executor.class_obj)
+        call, on = self._call(target, context, x, t, {"x": x, "c_crossattn": c_crossattn, **extra}, options,
+                              executor.class_obj.model_sampling)  # fmt: skip
 
-        def run(options):
+        def run(executor, options):
             return executor(x, t, c_concat, c_crossattn, control, options, **extra)
 
-        compiled = is_compiled(transformer_options)
-        if family is not None and family.kind == UNET:
-            for settings in active:
-                transformer_options = _install(transformer_options, settings, call)
-            if compiled:
-                return run_compiled(run, transformer_options, unet_layers(network_of(base)))
-            return run(transformer_options)
-        if not active:
-            return run(transformer_options)
-        hosted = text_attention(network_of(base), family, active, arguments, call, transformer_options)
-        with uncompiled(type(network_of(base)).__name__) if compiled else contextlib.nullcontext(), hosted as options:
-            return run(options)
+        out = _on_its_road(call, target, context, options, executor, run)
+        if context.receipt is not None:
+            context.receipt.add(call, on)
+        return out
 
-    def _active(self, t, model_sampling) -> list[Settings]:
-        candidates = [s for s in self.settings if not s.is_off]
-        if all(s.whole_schedule for s in candidates):
+    def _call(self, target, context, x, t, arguments, options, model_sampling) -> tuple[ModelCall | None, list[int]]:
+        """This model call's, and which of the Apply nodes are on in it; None where none is."""
+        text = arguments.get("c_crossattn" if target.family is None else target.family.text)
+        now = self._now(t, model_sampling) if text is not None else {}
+        if not now:
+            return None, []
+        wants_roles = any(settings.apply_to != "both" for settings in now.values())
+        batch = read_batch(x.shape[0], text, options, context.conditionings(), wants_roles)
+        now = {i: s for i, s in now.items() if s.apply_to == "both" or s.apply_to in batch.roles}
+        active = {layer: s for s in now.values() for layer in target.layers if layer in s.layers}
+        if not active:
+            return None, []
+        return ModelCall(target, active, batch, arguments, options, watch=self.watch), list(now)
+
+    def _now(self, t: torch.Tensor, model_sampling) -> dict[int, Settings]:
+        """The settings at this noise level, by the place of their Apply node."""
+        candidates = {i: a.settings for i, a in enumerate(self.applied)}
+        if self.watch is None:
+            candidates = {i: s for i, s in candidates.items() if not s.is_off}
+        if all(s.whole_schedule for s in candidates.values()):
             return candidates
         # the only synchronisation of a model call
         sigma = float(t.max())
-        now = (s.at(sigma, model_sampling) for s in candidates if s.covers_sigma(sigma, model_sampling))
-        return [s for s in now if not s.is_off]
+        now = {i: s.at(sigma, model_sampling) for i, s in candidates.items() if s.covers_sigma(sigma, model_sampling)}
+        return {i: s for i, s in now.items() if not s.is_off}
 
 
-def _install(transformer_options: dict[str, Any], settings: Settings, call: ModelCall) -> dict[str, Any]:
-    """A copy of transformer_options with a hook for every layer, in front of the one the host would have called."""
-    options = transformer_options.copy()
-    replace = options["patches_replace"] = options.get("patches_replace", {}).copy()
-    for slot in {layer.slot for layer in settings.layers}:
-        residents = replace.get(slot, {})
-        replace[slot] = residents.copy()
-        for layer in (layer for layer in settings.layers if layer.slot == slot):
-            resident = residents.get(layer.key, residents.get(layer.key[:2]))
-            refuse_another_pladis(resident)
-            replace[slot][layer.key] = PladisHook(settings.on(layer), call, resident)
-    if any(layer.slot == "attn1" for layer in settings.layers):
-        _give_attn1_a_value(options)
-    return options
-
-
-def _give_attn1_a_value(options: dict[str, Any]) -> None:
-    """The host sets the value of a replaced attn1 that is cross-attention only where an attn1_patch is present."""
-    patches = options["patches"] = options.get("patches", {}).copy()
-    patches["attn1_patch"] = [*patches.get("attn1_patch", []), _unchanged]
-
-
-def _unchanged(n, context, value, extra_options):
-    return n, context, value
+def _on_its_road(call: ModelCall | None, target: Target, context: Context, options: dict[str, Any], executor, run):
+    """The model call, by the way that its network's kind and torch.compile leave."""
+    is_unet = target.family is not None and target.family.kind == UNET
+    is_compiled = compiled.is_compiled(options, executor)
+    if is_compiled and is_unet and context.compile_arguments:
+        return compiled.run_unet(call, target, context.compile_arguments, options, executor, run)
+    if call is None:
+        return run(executor, options)
+    if is_compiled:
+        executor = compiled.without_compiling(executor, target, options)
+    road = by_shape if target.family is None else unet if is_unet else transformer
+    road.prepare(call, options)
+    with contextlib.ExitStack() as stack:
+        # a gradient recomputes modules when the call is over
+        keep = context.stack if torch.is_grad_enabled() and context.stack is not None else stack
+        keep.enter_context(hooked(target))
+        stack.enter_context(running(call))
+        return run(executor, call.options)

@@ -12,6 +12,10 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def wants_grad(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def newton_steps(keys: int, alpha: float, dtype: torch.dtype) -> int:
     """Steps of Newton's method on the p-norm, from the start of `impl/eager.py`, that reach the floor of `dtype`
     whatever the scores.
@@ -69,9 +73,14 @@ def centred(
 
 
 def row_mass(peak: torch.Tensor, softmax_sum: torch.Tensor, row_lse: torch.Tensor) -> torch.Tensor:
-    """The softmax mass that a longer row, of log-sum-exp `row_lse`, puts on these keys; 0 where all are masked."""
-    # -inf - -inf, or what a kernel calls the log-sum-exp of such a row
-    return (peak + softmax_sum.log() - row_lse.to(peak.dtype)).exp().nan_to_num(nan=0.0).clamp(max=1.0)
+    """The softmax mass that a longer row, of log-sum-exp `row_lse`, puts on these keys.
+
+    Where all are masked, with a `softmax_sum` of 0, some value from 0 to 1 without a slope: their weights are 0.
+    """
+    # the slope of the logarithm of 0 is infinite
+    log_mass = peak + softmax_sum.clamp(min=torch.finfo(peak.dtype).tiny).log() - row_lse.to(peak.dtype)
+    # kernels call the log-sum-exp of such a row infinite or NaN; bounded before exp, whose slope may overflow
+    return log_mass.nan_to_num(nan=-torch.inf).clamp(max=0.0).exp()
 
 
 def bounded_value(value: torch.Tensor, dense: float, sparse: float) -> torch.Tensor:

@@ -16,6 +16,7 @@ the weights: a large support multiplies such a rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -139,6 +140,21 @@ def chunk_shape(heads: int, queries: int, keys: int, elements: int) -> tuple[int
     return 1, rows
 
 
+def chunk_elements(device: torch.device, dtype: torch.dtype) -> int:
+    """How many scores fill a buffer."""
+    return (CPU_BUFFER_BYTES if device.type == "cpu" else DEVICE_BUFFER_BYTES) // dtype.itemsize
+
+
+def chunks(rows: tuple[int, int, int], keys: int, elements: int) -> Iterator[tuple[int, slice, slice]]:
+    """The places of all chunks in tensors of (batch, heads, queries): one batch, then slices of heads and queries."""
+    batch, heads, queries = rows
+    step_h, step_q = chunk_shape(heads, queries, keys, elements)
+    for b in range(batch):
+        for h in range(0, heads, step_h):
+            for start in range(0, queries, step_q):
+                yield b, slice(h, h + step_h), slice(start, start + step_q)
+
+
 def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
     batch, heads, queries, _ = query.shape
@@ -152,8 +168,7 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     key, value = (t.to(dtype).repeat_interleave(groups, dim=1) if groups > 1 else t.to(dtype) for t in (key, value))
     value = bounded_value(value, dense, sparse)
     unit, gain = unit_keys(key, scale)
-    budget = CPU_BUFFER_BYTES if query.device.type == "cpu" else DEVICE_BUFFER_BYTES
-    elements = budget // unit.element_size()
+    elements = chunk_elements(query.device, dtype)
     while True:
         try:
             _fill(out, query, unit, gain, value, mask, alpha, dense, sparse, mass, row_lse, elements)
@@ -166,24 +181,20 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
 
 def _fill(out, query, unit, gain, value, mask, alpha, dense, sparse, mass, row_lse, elements: int) -> None:
     """Writes `out` in chunks of at most `elements` scores."""
-    batch, heads, queries, _ = query.shape
     keys, dtype = unit.shape[-2], unit.dtype
-    step_h, step_q = chunk_shape(heads, queries, keys, elements)
+    step_h, step_q = chunk_shape(*query.shape[1:3], keys, elements)
     scratch = Scratch(step_h * step_q * keys, dtype, query.device)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        for b in range(batch):
-            for h in range(0, heads, step_h):
-                head = (b, slice(h, h + step_h))
-                for start in range(0, queries, step_q):
-                    rows = (*head, slice(start, start + step_q))
-                    part = query[rows].to(dtype)
-                    # keys before queries: reductions over keys then run along contiguous queries
-                    scores, weights = scratch.views((part.shape[0], keys, part.shape[1]))
-                    torch.bmm(unit[head], part.mT, out=scores)
-                    bias = None if mask is None else additive_mask(mask[rows], dtype).mT
-                    scores, peak = centred(scores, gain[head], bias, dim=-2)
-                    weights, softmax_sum = _mix(scores, alpha, -2, dense, sparse, weights)
-                    part_mass = None if mass is None else mass[rows]
-                    if row_lse is not None:
-                        part_mass = row_mass(peak, softmax_sum, row_lse[rows].mT).mT
-                    out[rows] = scaled_to(weights.mT @ value[head], part_mass, query.dtype)
+        for rows in chunks(query.shape[:3], keys, elements):
+            head = rows[:2]
+            part = query[rows].to(dtype)
+            # keys before queries: reductions over keys then run along contiguous queries
+            scores, weights = scratch.views((part.shape[0], keys, part.shape[1]))
+            torch.bmm(unit[head], part.mT, out=scores)
+            bias = None if mask is None else additive_mask(mask[rows], dtype).mT
+            scores, peak = centred(scores, gain[head], bias, dim=-2)
+            weights, softmax_sum = _mix(scores, alpha, -2, dense, sparse, weights)
+            part_mass = None if mass is None else mass[rows]
+            if row_lse is not None:
+                part_mass = row_mass(peak, softmax_sum, row_lse[rows].mT).mT
+            out[rows] = scaled_to(weights.mT @ value[head], part_mass, query.dtype)

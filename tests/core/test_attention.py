@@ -288,19 +288,6 @@ def peak_bytes(function) -> int:
     return peak
 
 
-def test_gradients_come_from_the_reference():
-    query, key, value = (t.requires_grad_() for t in tensors("odd", torch.float64))
-    for mask in (None, torch.randn(3, 7)):
-        torch.autograd.gradcheck(
-            lambda q, k, v, mask=mask: pladis_attention(q, k, v, mask),
-            (query[:, :1, :3], key[:, :1], value[:, :1]),
-            atol=1e-4,
-        )
-    for backend in ("portable", "eager"):
-        with pytest.raises(ValueError, match="no gradient"):
-            pladis_attention(query, key, value, backend=backend)
-
-
 def bad(**changes):
     arguments = {"query": torch.randn(1, 2, 5, 8), "key": torch.randn(1, 2, 7, 8), "value": torch.randn(1, 2, 7, 8)}
     return {**arguments, **changes}

@@ -151,11 +151,6 @@ def test_empty_scores():
     assert pladis_weights(torch.empty(3, 0)).shape == (3, 0)
 
 
-def test_gradients_are_those_of_the_entmax_package():
-    scores = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda s: pladis_weights(s, 2.0, 1.5), scores)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (

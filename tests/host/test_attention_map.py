@@ -13,9 +13,9 @@ import families
 import nodes as host_nodes
 import tiny
 from pladis_pack.nodes.attention_map import PLADISAttentionMap
-from pladis_pack.nodes.hosting import Settings, text_layers
-from pladis_pack.nodes.hosting.attention_map import token_grid, watch_attention
-from pladis_pack.nodes.hosting.words import Word, find_words
+from pladis_pack.nodes.hosting import Settings, find_target
+from pladis_pack.nodes.hosting.looking.attention_map import token_grid, watch_attention
+from pladis_pack.nodes.hosting.looking.words import Word, find_words
 from tiny import apply
 
 DEFAULTS = {
@@ -30,10 +30,10 @@ def run(model, positive=tiny.POSITIVE, latent=None, **options):
 
 def test_the_maps_are_the_weights_of_the_layer():
     model = tiny.patcher("SD15")
-    (layer,) = [layer for layer in text_layers(model) if layer.key == ("input", 1, 0)]
+    (layer,) = [layer for layer in find_target(model).layers if layer.key == ("input", 1, 0)]
     latent = {"samples": torch.randn(1, 4, 8, 8)}
     words = [Word("one", [1]), Word("two", [3, 4])]
-    settings = Settings(frozenset(text_layers(model)), 3.0, 1.5)
+    settings = Settings(frozenset(find_target(model).layers), 3.0, 1.5)
     seen = watch_attention(model, tiny.POSITIVE, latent, 0.3, 0, settings, words, frozenset([layer]))
 
     attention = model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn2
@@ -70,7 +70,7 @@ def test_every_family_has_maps(name):
     # more than the frame is drawn: places differ in at least one map
     assert max(float(m[20:-40].std()) for m in maps) > 0.01
     figures = [line.split() for line in report.splitlines() if re.match(r"[dmub]\d+\.\d+", line)]
-    assert len(figures) == len(text_layers(model))
+    assert len(figures) == len(find_target(model).layers)
     assert bars.shape[-1] == 3
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import families
 import tiny
-from pladis_pack.nodes.hosting.families import TABLE, UNET, UNSUPPORTED, Family, find_family
+from pladis_pack.nodes.hosting.models.families import TABLE, UNET, UNSUPPORTED, Family, find_family
 
 README = Path(__file__).parents[2] / "README.md"
 HOSTS = ("0.20.0", "0.33.0")

@@ -11,7 +11,9 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 import families
 import tiny
-from pladis_pack.nodes.hosting import compiled
+from graph import run_node
+from pladis_pack.nodes.hosting.roads import compiled, unet
+from pladis_pack.nodes.hosting.running import current_call
 
 # tracing takes long: one block with text attention on the way down, the middle, two on the way up
 tiny.LAYOUTS["one level"] = (
@@ -62,13 +64,15 @@ def test_equals_the_uncompiled_model_and_follows_every_change_on_one_trace(model
         {"scale": 2.0, "end_percent": 0.5},
         {"scale": 2.0, "layers": "custom", "blocks": "m0"},
         {"scale": 2.0, "apply_to": "positive"},
-        {"scale": 0.0},
     ):
         expected = tiny.sample(tiny.apply(model, **settings))
         assert_same(tiny.sample(both_orders(model, **settings)[order]), expected)
         traced.append(frames["ok"])
     assert traced[0] > 0
     assert len(set(traced)) == 1
+    # off goes straight through, to the host's code
+    off, plain = both_orders(model, scale=0.0)[order], compile_model(model)
+    assert torch.equal(tiny.sample(off), tiny.sample(plain))
 
 
 def test_a_model_that_was_compiled_before_pladis_came_is_traced_anew(model):
@@ -85,7 +89,7 @@ def test_a_model_that_was_compiled_before_pladis_came_is_traced_anew(model):
 
 def test_another_packs_hook_keeps_its_effect(model):
     def foreign(q, k, v, extra_options):
-        return compiled.dense_attention(q, k, v, extra_options) * 0.5
+        return unet.dense_attention(q, k, v, extra_options) * 0.5
 
     other = model.clone()
     other.set_model_attn2_replace(foreign, "middle", 0, 0)
@@ -109,14 +113,74 @@ def test_a_transformer_runs_uncompiled_where_pladis_is_on_and_says_so(name, capl
     assert len([record for record in caplog.records if "torch.compile" in record.message]) == 1
 
 
-def test_nothing_stays_behind_after_an_error():
-    def fail(options):
-        assert compiled.CURRENT.get() is not None
+def test_nothing_stays_behind_after_an_error(model):
+    def fail(q, k, v, extra_options):
+        assert current_call() is not None
         raise RuntimeError("interrupted")
 
-    with pytest.raises(RuntimeError, match="interrupted"):
-        compiled.run_compiled(fail, {}, ())
-    assert compiled.CURRENT.get() is None
+    other = model.clone()
+    other.set_model_attn2_replace(fail, "middle", 0, 0)
+    for patched in both_orders(other):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            tiny.sample(patched)
+        assert current_call() is None
+        assert not hasattr(model.model.diffusion_model, "_orig_mod")
+
+
+def test_another_compiled_model_keeps_its_code(model):
+    """Neither PLADIS on one U-Net nor its leaving makes the compiler forget another."""
+    frames, other = torch._dynamo.utils.counters["frames"], tiny.patcher("one level")
+    compiled_other, expected = compile_model(other), tiny.sample(other)
+    assert_same(tiny.sample(compiled_other), expected)
+    compiled_model = compile_model(model)
+    tiny.sample(compiled_model)
+    tiny.sample(tiny.apply(compiled_model))
+    traced = frames["ok"]
+    assert_same(tiny.sample(compiled_other), expected)
+    tiny.sample(compiled_model)
+    tiny.sample(tiny.apply(compiled_model))
+    assert frames["ok"] == traced
+
+
+def test_a_step_that_a_cache_answered_is_no_stale_trace(model):
+    easycache = run_node("comfy_extras.nodes_easycache", "EasyCacheNode", model=model, reuse_threshold=3.0)
+    for patched in both_orders(easycache):
+        assert tiny.sample(patched, steps=6).isfinite().all()
+
+
+def test_a_network_that_a_pack_compiled_itself(model):
+    """As an object patch in the network's place."""
+    expected = tiny.sample(tiny.apply(model))
+    other = model.clone()
+    other.add_object_patch("diffusion_model", torch.compile(model.model.diffusion_model, backend="eager"))
+    assert_same(tiny.sample(tiny.apply(other)), expected)
+    before = tiny.apply(model)
+    before.add_object_patch("diffusion_model", torch.compile(model.model.diffusion_model, backend="eager"))
+    assert_same(tiny.sample(before), expected)
+
+
+def test_the_compile_stance_is_never_touched(model, monkeypatch):
+    def touched(*args, **kwargs):
+        raise AssertionError("the whole process would notice")
+
+    family = families.BY_NAME["Flux.1"]
+    flux = families.patcher(family)
+    compiled_unet, compiled_flux = compile_model(model), compile_model(flux)
+    tiny.sample(compiled_unet)
+    monkeypatch.setattr(torch.compiler, "set_stance", touched)
+    monkeypatch.setattr(torch._dynamo, "reset", touched)
+    tiny.sample(tiny.apply(compiled_unet))
+    families.sample(tiny.apply(compiled_flux), family)
+    monkeypatch.undo()
+
+
+def test_off_after_on_and_without_the_node(model):
+    """Keys of ours do not reach the guards: without the node the compiled model runs as before."""
+    family = families.BY_NAME["Flux.1"]
+    compiled_flux = compile_model(families.patcher(family))
+    for scale in (0.0, 2.0):
+        families.sample(tiny.apply(compiled_flux, scale=scale, end_percent=0.5), family, steps=2)
+    assert families.sample(compiled_flux, family, steps=2).isfinite().all()
 
 
 def test_cuda_graphs_are_reported(caplog):

@@ -7,8 +7,11 @@ import torch
 from comfy.ldm.modules import attention
 
 import tiny
-from pladis_pack.nodes.hosting import hook, text_layers
-from pladis_pack.nodes.hosting.conditioning import repeat_mask
+from pladis_pack.nodes.hosting import find_target
+from pladis_pack.nodes.hosting.batch import Prompt, repeat_mask
+from pladis_pack.nodes.hosting.models.layers import BY_SHAPE
+from pladis_pack.nodes.hosting.roads import unet
+from pladis_pack.nodes.hosting.settings import Settings
 from tiny import apply
 
 
@@ -58,16 +61,20 @@ def test_resident_plus_correction():
     """On a hook that computes plain attention the sum is what the fused pass gives."""
     q, k, v = torch.randn(2, 20, 32), torch.randn(2, 77, 32), torch.randn(2, 77, 32)
     options = {"n_heads": 4, "attn_precision": None}
-    call = hook.ModelCall(2, 77, (hook.Chunk("positive", 77), hook.Chunk("negative", 77)))
-    settings = hook.Settings(frozenset())
-    resident = hook.PladisHook(settings, call, lambda q, k, v, o: attention.optimized_attention(q, k, v, 4))
-    fused = hook.PladisHook(settings, call, None)
+    call = tiny.call_of_two_rows(Prompt("positive", 77), Prompt("negative", 77))
+    settings = Settings(frozenset())
+
+    def plain(q, k, v, extra_options):
+        return attention.optimized_attention(q, k, v, 4)
+
+    resident = unet.PladisHook(settings, call, BY_SHAPE, plain)
+    fused = unet.PladisHook(settings, call, BY_SHAPE, None)
     torch.testing.assert_close(resident(q, k, v, options), fused(q, k, v, options), atol=1e-5, rtol=1e-5)
 
 
 def test_a_foreign_attn1_hook_is_kept_on_the_upscaler():
     model = tiny.patcher("X4 upscaler")
-    cross_attending = next(layer.key for layer in text_layers(model) if layer.slot == "attn1")
+    cross_attending = next(layer.key for layer in find_target(model).layers if layer.slot == "attn1")
     calls = []
 
     def foreign(q, k, v, extra_options):
@@ -156,13 +163,13 @@ def test_an_enlarged_batch_with_repeated_contexts(sd15, monkeypatch):
     """Each region counts its own tokens once, though this pack repeats them itself: the same as with lengths known."""
     region = tiny.prompt(41, 77)[0][0]
     seen = []
-    original = hook.pladis_attention
+    original = unet.pladis_attention
 
     def record(q, k, v, mask=None, **options):
         seen.append((q, k, v, mask, original(q, k, v, mask, **options)))
         return seen[-1][-1]
 
-    monkeypatch.setattr(hook, "pladis_attention", record)
+    monkeypatch.setattr(unet, "pladis_attention", record)
     model = sd15.clone()
     model.set_model_attn2_patch(couple_patch([region]))
     model.set_model_attn2_output_patch(couple_output)
@@ -234,8 +241,24 @@ def test_a_function_wrapper_that_rearranges_rows_does_not_mix_prompts(sd15, wrap
     model = sd15.clone()
     model.set_model_unet_function_wrapper(wrapper)
     assert relative(tiny.sample(apply(model), positive=long), expected) < 1e-6
-    with pytest.raises(RuntimeError, match="rearranged the batch.*Set apply_to to both"):
-        tiny.sample(apply(model, apply_to="positive"), positive=long)
+    # whose a row is, its text tells
+    for role in ("positive", "negative"):
+        expected = tiny.sample(apply(sd15, apply_to=role), positive=long)
+        assert relative(tiny.sample(apply(model, apply_to=role), positive=long), expected) < 1e-6
+
+
+def test_rows_that_cannot_be_told_are_refused(sd15):
+    """A wrapper that rearranges rows, and changes their text."""
+
+    def changed(apply_model, args):
+        c = {**args["c"], "c_crossattn": args["c"]["c_crossattn"] * 1.5}
+        return one_by_one(apply_model, {**args, "c": c})
+
+    model = sd15.clone()
+    model.set_model_unet_function_wrapper(changed)
+    tiny.sample(apply(model))
+    with pytest.raises(RuntimeError, match="2 rows of ComfyUI's, 1 rows into the model, 1 in.*Set apply_to to both"):
+        tiny.sample(apply(model, apply_to="positive"))
 
 
 def test_weight_patches_in_both_orders(sd15):

@@ -18,7 +18,7 @@ import torch
 import families
 import tiny
 from graph import Rows, run_node
-from pladis_pack.nodes.hosting import hook, transformer
+from pladis_pack.nodes.hosting.roads import transformer, unet
 from tiny import NEGATIVE, POSITIVE, apply
 
 SAME, CHANGED = 1e-4, 1e-3
@@ -105,14 +105,14 @@ def rows(monkeypatch):
 def hooked(monkeypatch):
     """The noise levels at which PLADIS ran, one per evaluation."""
     seen = []
-    original = hook.PladisHook.__call__
+    original = unet.PladisHook.__call__
 
     def record(self, q, k, v, extra_options):
         if extra_options["block"] == ("middle", 0):
             seen.append(float(extra_options["sigmas"][0]))
         return original(self, q, k, v, extra_options)
 
-    monkeypatch.setattr(hook.PladisHook, "__call__", record)
+    monkeypatch.setattr(unet.PladisHook, "__call__", record)
     return seen
 
 
@@ -213,13 +213,13 @@ def test_distilled_flow_models(name, steps, monkeypatch):
     family = families.BY_NAME[name]
     model = families.patcher(family)
     evaluations, windows = [], []
-    original = transformer.TextAttention.installed
+    prepare = transformer.prepare
 
-    def count(self, network):
+    def count(call, options):
         windows.append(1)
-        return original(self, network)
+        prepare(call, options)
 
-    monkeypatch.setattr(transformer.TextAttention, "installed", count)
+    monkeypatch.setattr(transformer, "prepare", count)
     model.model.diffusion_model.register_forward_hook(lambda *args: evaluations.append(args[-1].shape[0]))
     alone = families.sample(model, family, steps=steps, cfg=1.0)
     assert evaluations == [1] * steps and not windows

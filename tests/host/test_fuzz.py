@@ -17,8 +17,8 @@ from PIL import Image
 
 import tiny
 from comfy_server import Server
-from pladis_pack.nodes.hosting import choose_layers, text_layers
-from pladis_pack.nodes.hosting.words import find_words
+from pladis_pack.nodes.hosting import choose_layers, find_target
+from pladis_pack.nodes.hosting.looking.words import find_words
 from pladis_pack.nodes.sweep import numbers
 
 PIECES = (
@@ -34,7 +34,7 @@ def texts(count: int):
 
 
 def test_block_lists():
-    layers = text_layers(tiny.patcher("SD15"))
+    layers = find_target(tiny.patcher("SD15")).layers
     chosen = 0
     for text in texts(4000):
         try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 from comfy import model_base
 from comfy.ldm.modules.attention import BasicTransformerBlock
 
 import tiny
-from pladis_pack.nodes.hosting import choose_layers, hook, text_layers
+from pladis_pack.nodes.hosting import choose_layers, find_target
+from pladis_pack.nodes.hosting.roads import unet
 from tiny import apply
 
 
@@ -17,13 +19,13 @@ from tiny import apply
 def calls(monkeypatch):
     """Every run of a hook, as (slot-independent) key of its layer."""
     seen = Counter()
-    original = hook.PladisHook.__call__
+    original = unet.PladisHook.__call__
 
     def record(self, q, k, v, extra_options):
         seen[(*extra_options["block"], extra_options["block_index"])] += 1
         return original(self, q, k, v, extra_options)
 
-    monkeypatch.setattr(hook.PladisHook, "__call__", record)
+    monkeypatch.setattr(unet.PladisHook, "__call__", record)
     return seen
 
 
@@ -42,7 +44,7 @@ def expected_layers(model) -> Counter:
 @pytest.mark.parametrize("name", tiny.LAYOUTS)
 def test_every_text_cross_attention_is_hooked_exactly_once(name, calls):
     model = tiny.patcher(name)
-    layers = text_layers(model)
+    layers = find_target(model).layers
     count = tiny.LAYOUTS[name][2]
     if count is not None:
         assert len(layers) == count
@@ -51,7 +53,7 @@ def test_every_text_cross_attention_is_hooked_exactly_once(name, calls):
 
 
 def test_x4_upscaler_has_cross_attention_in_attn1():
-    slots = Counter(layer.slot for layer in text_layers(tiny.patcher("X4 upscaler")))
+    slots = Counter(layer.slot for layer in find_target(tiny.patcher("X4 upscaler")).layers)
     assert slots["attn1"] > 0
     assert slots["attn2"] > slots["attn1"]
 
@@ -81,7 +83,7 @@ def sdxl():
 
 @pytest.mark.parametrize("blocks", SDXL_BLOCKS)
 def test_block_lists_mean_what_sd_perturbed_attention_means(sdxl, blocks):
-    chosen = choose_layers("custom", blocks, text_layers(sdxl))
+    chosen = choose_layers("custom", blocks, find_target(sdxl).layers)
     assert sorted(layer.key for layer in chosen) == sorted(SDXL_BLOCKS[blocks])
 
 
@@ -115,7 +117,7 @@ def test_image_conditioned_unets_say_that_there_is_no_text(model_class):
 
 
 def test_a_transformer_is_refused_by_name():
-    class Flux:
+    class Flux(torch.nn.Module):
         pass
 
     model = tiny.patcher()

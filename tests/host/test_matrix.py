@@ -34,7 +34,7 @@ import torch
 import families
 import tiny
 from graph import Rows, find_node, run_node
-from pladis_pack.nodes.hosting import text_layers
+from pladis_pack.nodes.hosting import find_target
 from tiny import NEGATIVE, POSITIVE, TEXT_WIDTH, apply
 
 CPU = torch.device("cpu")
@@ -442,7 +442,7 @@ def test_nothing_is_lost_or_doubled_in_a_transformer(patch):
     family = families.BY_NAME[patch.family]
     plain = families.patcher(family)
     evaluations = []
-    for layer in text_layers(plain):
+    for layer in find_target(plain).layers:
         module = plain.model.diffusion_model.get_submodule(layer.path)
         module.register_forward_hook(lambda module, args, out, path=layer.path: evaluations.append(path))
 

@@ -22,7 +22,7 @@ import torch
 import families
 import tiny
 from graph import Rows, run_class
-from pladis_pack.nodes.hosting import text_layers, transformer
+from pladis_pack.nodes.hosting import find_target, transformer
 from tiny import NEGATIVE, POSITIVE, apply
 
 SAME, CHANGED = 1e-4, 1e-3
@@ -130,7 +130,7 @@ def adapter(pack, setter: str, argument: str, whole_blocks: bool):
         net.get_multigpu_clone = lambda device: net
         tokens = torch.randn(1, 4, 20, generator=generator, dtype=torch.float64)
         order = {"input": 0, "middle": 1, "output": 2}
-        places = sorted((layer.key for layer in text_layers(model)), key=lambda key: (order[key[0]], *key[1:]))
+        places = sorted((layer.key for layer in find_target(model).layers), key=lambda key: (order[key[0]], *key[1:]))
         for i, key in enumerate(places):
             settings = {
                 argument: net, "weight": 0.8, "cond": tokens, "uncond": tokens * 0.0, "sigma_start": 1e9,

@@ -13,8 +13,9 @@ from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
 
 import tiny
-from pladis_pack.nodes.hosting import hook, wrappers
-from pladis_pack.nodes.hosting.conditioning import Chunk
+from pladis_pack.nodes.hosting import wrappers
+from pladis_pack.nodes.hosting.batch import Batch, Prompt
+from pladis_pack.nodes.hosting.roads import unet
 from tiny import apply
 
 
@@ -130,7 +131,8 @@ def test_that_a_repeated_context_would_have_mattered(sd15, monkeypatch):
     """The test above can fail: taking the repeated tokens as they come changes the prediction."""
     positive = tiny.prompt(1)
     expected = predictions(apply(sd15), positive, tiny.prompt(2), steps=1)[0]["positive"]
-    monkeypatch.setattr(wrappers, "batch_chunks", lambda *args: (Chunk("negative", 154), Chunk("positive", 154)))
+    prompts = (Prompt("negative", 154), Prompt("positive", 154))
+    monkeypatch.setattr(wrappers, "read_batch", lambda *args: Batch(2, 154, prompts))
     naive = predictions(apply(sd15), positive, tiny.prompt(2, 154), steps=1)[0]["positive"]
     assert relative(naive, expected) > 1e-3
 
@@ -160,10 +162,10 @@ def test_negative_is_what_the_guider_calls_so(sd15, monkeypatch):
     seen = []
     original = wrappers.read_conditioning
 
-    def record(conds, rows, guider):
-        table = original(conds, rows, guider)
-        seen.append(table.roles)
-        return table
+    def record(conds, named):
+        known = original(conds, named)
+        seen.append({k.index: k.prompt.role for k in known})
+        return known
 
     monkeypatch.setattr(wrappers, "read_conditioning", record)
     guider = Guider_DualCFG(apply(sd15, apply_to="positive"))
@@ -185,13 +187,13 @@ def test_apply_to_negative_without_a_negative_is_off(sd15):
 def hooked_sigmas(monkeypatch):
     """The noise levels at which a hook ran."""
     seen = set()
-    original = hook.PladisHook.__call__
+    original = unet.PladisHook.__call__
 
     def record(self, q, k, v, extra_options):
         seen.add(float(extra_options["sigmas"][0]))
         return original(self, q, k, v, extra_options)
 
-    monkeypatch.setattr(hook.PladisHook, "__call__", record)
+    monkeypatch.setattr(unet.PladisHook, "__call__", record)
     return seen
 
 
@@ -255,5 +257,6 @@ def test_a_second_node_replaces_the_first_where_they_overlap(sd15, plain):
 
 def test_settings_can_be_pickled(sd15):
     (wrapper,) = apply(sd15, apply_to="positive").get_wrappers(WrappersMP.APPLY_MODEL, wrappers.KEY)
-    assert pickle.loads(pickle.dumps(wrapper.settings[0])).layers == wrapper.settings[0].layers
-    assert hash(wrapper) == hash(wrappers.ApplyModel(wrapper.settings))
+    (applied,) = wrapper.applied
+    assert pickle.loads(pickle.dumps(applied)) == applied
+    assert hash(wrapper) == hash(wrappers.ApplyModel(wrapper.applied, wrapper.target))

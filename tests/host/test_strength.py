@@ -8,7 +8,8 @@ from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelS
 
 import families
 import tiny
-from pladis_pack.nodes.hosting import hook, wrappers
+from pladis_pack.nodes.hosting.models.layers import BY_SHAPE
+from pladis_pack.nodes.hosting.roads import unet
 from pladis_pack.nodes.hosting.settings import Settings, percent_of
 from tiny import apply
 
@@ -20,9 +21,14 @@ def sd15():
 
 def scales(monkeypatch, model, steps=4, **options) -> list[float]:
     """Lambda at every model call in which PLADIS runs."""
-    seen, install = [], wrappers._install
+    seen, prepare = [], unet.prepare
+
+    def record(call, options):
+        seen.append(next(iter(call.active.values())).lam)
+        prepare(call, options)
+
     with monkeypatch.context() as patched:
-        patched.setattr(wrappers, "_install", lambda *args: seen.append(args[1].scale) or install(*args))
+        patched.setattr(unet, "prepare", record)
         tiny.sample(apply(model, **options), steps=steps, cfg=1.0)
     return seen
 
@@ -51,7 +57,7 @@ def test_the_curves(sd15):
 
     def at(percent, schedule):
         settings = Settings(frozenset(), 2.0, 1.5, 0.2, 0.8, "both", schedule, 1.0)
-        return settings.at(float(model_sampling.percent_to_sigma(percent)), model_sampling).scale
+        return settings.at(float(model_sampling.percent_to_sigma(percent)), model_sampling).lam
 
     for schedule, quarter in (("linear", 1.75), ("cosine", 1 + 0.5 * (1 + 0.5**0.5))):
         assert at(0.2, schedule) == pytest.approx(2.0, abs=5e-3)
@@ -94,13 +100,13 @@ def test_no_attention_output_is_longer_than_the_cap(cap):
     heads, width = 4, 8
     q, k, v = (torch.randn(2, n, heads * width) for n in (40, 77, 77))
     options = {"n_heads": heads, "dim_head": width, "attn_precision": None}
-    call = hook.ModelCall(2, 77, ())
+    call = tiny.call_of_two_rows()
 
-    def run(cap, scale=6.0):
-        out = hook.PladisHook(Settings(frozenset(), scale, norm_cap=cap), call, None)(q, k, v, options)
+    def run(cap, lam=6.0):
+        out = unet.PladisHook(Settings(frozenset(), lam, norm_cap=cap), call, BY_SHAPE, None)(q, k, v, options)
         return out.unflatten(-1, (heads, width))
 
-    dense = hook.dense_attention(q, k, v, options).unflatten(-1, (heads, width)).norm(dim=-1)
+    dense = unet.dense_attention(q, k, v, options).unflatten(-1, (heads, width)).norm(dim=-1)
     free, capped = run(0.0), run(cap)
     assert (free.norm(dim=-1) > cap * dense * 1.01).any()
     assert (capped.norm(dim=-1) <= cap * dense * (1 + 1e-5)).all()

@@ -12,7 +12,7 @@ from comfy.ldm.hunyuan3d.model import Hunyuan3Dv2
 from comfy.patcher_extension import WrappersMP
 
 import families
-from pladis_pack.nodes.hosting import text_layers, transformer
+from pladis_pack.nodes.hosting import find_target, running
 from tiny import apply
 
 # one of every way to the text: joint, cross, and past the override
@@ -100,7 +100,7 @@ def test_a_second_node_replaces_the_first_where_they_overlap(family, model):
     block = {"layers": "custom", "blocks": "b0"}
     both = families.sample(apply(apply(model, scale=1.0), scale=3.0, **block), family)
     assert not torch.equal(both, once)
-    rest = f"b1-{max(layer.number for layer in text_layers(model))}"
+    rest = f"b1-{max(layer.number for layer in find_target(model).layers)}"
     other_order = apply(apply(model, scale=3.0, **block), scale=1.0, layers="custom", blocks=rest)
     assert torch.equal(families.sample(other_order, family), both)
 
@@ -120,7 +120,7 @@ def test_block_lists_count_through_the_network(name):
     described, paths = BLOCKS[name]
     for blocks, path in paths.items():
         (wrapper,) = apply(model, layers="custom", blocks=blocks).get_wrappers(WrappersMP.APPLY_MODEL, "pladis")
-        assert [layer.path for layer in wrapper.settings[0].layers] == [path]
+        assert [layer.path for layer in wrapper.applied[0].settings.layers] == [path]
     for bad in ("b9", "d0", "m0", "x1"):
         with pytest.raises(ValueError, match=f"'{bad}'.*This model has {described}\\."):
             apply(model, layers="custom", blocks=bad)
@@ -167,7 +167,7 @@ def test_nothing_stays_after_an_interruption(model, family, error):
 
     patched = apply(model)
     modules = dict(patched.model.diffusion_model.named_modules())
-    (path, *_) = (layer.path for layer in text_layers(model))
+    (path, *_) = (layer.path for layer in find_target(model).layers)
     handle = modules[path].register_forward_pre_hook(interrupt)
     with pytest.raises(error):
         families.sample(patched, family)
@@ -183,7 +183,7 @@ def test_two_threads_past_the_override():
     with_node, without = apply(families.patcher(family)), families.patcher(family)
     expected = {"with": families.sample(with_node, family), "without": families.sample(without, family)}
     # models are loaded by now: the network alone, many times over
-    direct = transformer.direct_attention("comfy.ldm.pixart.blocks")
+    direct = running.diversion("comfy.ldm.pixart.blocks", "optimized_attention")
     q, k = torch.randn(1, 8, 32), torch.randn(1, 5, 32)
     plain = comfy.ldm.pixart.blocks.optimized_attention(q, k, k, 2)
     wrong = []
@@ -238,12 +238,20 @@ def test_families_without_text_say_so():
         apply(model)
 
 
-def test_a_kind_of_sampling_without_text_attention_warns(flux, caplog):
+def test_a_graph_in_which_no_text_attention_runs_ends_in_its_first_step(flux):
     model = flux.clone()
     for i in range(2):
         for block in ("double_block", "single_block"):
             model.set_model_patch_replace(lambda args, extra: args, "dit", block, i)
-    transformer._warn.cache_clear()
-    families.sample(apply(model), FLUX)
-    families.sample(apply(model), FLUX)
-    assert sum("no text attention ran in Flux" in r.message for r in caplog.records) == 1
+    steps = []
+    with pytest.raises(RuntimeError, match="reached none of its 4 text layers \\(b0.0, .*test_transformers"):
+        families.sample(apply(counted(model, steps)), FLUX, steps=4, cfg=1.0)
+    assert len(steps) == 1
+
+
+def counted(model, calls: list):
+    model = model.clone()
+    model.add_wrapper_with_key(
+        WrappersMP.APPLY_MODEL, "count", lambda executor, *args, **kwargs: calls.append(1) or executor(*args, **kwargs)
+    )
+    return model

@@ -16,6 +16,9 @@ from comfy.ldm.modules.attention import BasicTransformerBlock
 
 from pladis_pack.nodes.apply import PLADISApply
 from pladis_pack.nodes.apply_advanced import PLADISApplyAdvanced
+from pladis_pack.nodes.hosting.batch import Batch
+from pladis_pack.nodes.hosting.models.target import Target
+from pladis_pack.nodes.hosting.running import ModelCall
 
 TEXT_WIDTH = 24
 SD = {
@@ -144,6 +147,11 @@ def apply(model, **options):
     node = PLADISApplyAdvanced if set(options) - set(DEFAULTS) else PLADISApply
     defaults = ADVANCED if node is PLADISApplyAdvanced else DEFAULTS
     return node.execute(model, **{**defaults, **options}).result[0]
+
+
+def call_of_two_rows(*prompts) -> ModelCall:
+    """A model call for hooks that are called by hand: two rows, 77 tokens."""
+    return ModelCall(Target(None, lambda: None), {}, Batch(2, 77, prompts), {}, {})
 
 
 def oracle_attention(module):

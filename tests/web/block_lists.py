@@ -16,9 +16,9 @@ comfy.options.enable_args_parsing()
 import conftest  # noqa: E402, F401
 
 import tiny  # noqa: E402
-from pladis_pack.nodes.hosting import block_names, choose_layers, text_layers  # noqa: E402
+from pladis_pack.nodes.hosting import block_names, choose_layers, find_target  # noqa: E402
 from pladis_pack.nodes.hosting.demo_model import load_demo_model  # noqa: E402
-from pladis_pack.nodes.hosting.layers import PREFIXES, Layer  # noqa: E402
+from pladis_pack.nodes.hosting.models.layers import PREFIXES, Layer  # noqa: E402
 
 
 def transformer(*depths: int) -> tuple[Layer, ...]:
@@ -37,9 +37,9 @@ def outcome(text: str, layers: tuple[Layer, ...]) -> dict:
 
 
 LAYERS = {
-    "SD 1.x": text_layers(tiny.patcher("SD15")),
-    "SDXL": text_layers(tiny.patcher("SDXL")),
-    "the demo model": text_layers(load_demo_model("unet")[0]),
+    "SD 1.x": find_target(tiny.patcher("SD15")).layers,
+    "SDXL": find_target(tiny.patcher("SDXL")).layers,
+    "the demo model": find_target(load_demo_model("unet")[0]).layers,
     "alike": transformer(2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2),
     "not alike": transformer(1, 1, 2, 3),
     "single": transformer(1),

@@ -11,11 +11,12 @@ import comfy.sample
 import comfy.samplers
 import torch
 
-from ...pladis_core import KINDS, LayerReport, attention_maps
-from .layers import Layer
-from .settings import Settings
+from ....pladis_core import KINDS, LayerReport, attention_maps
+from ..models.layers import Layer
+from ..models.target import Target
+from ..settings import Settings
+from ..wrappers import apply_settings
 from .words import Word
-from .wrappers import apply_settings
 
 PATCHES = (1, 2, 4, 8, 16, 32)
 # in model_options (comfy/samplers.py), where PAG, SAG and others evaluate the model once more
@@ -86,8 +87,8 @@ def token_grid(count: int, latent: Sequence[int]) -> tuple[int, int, int] | None
 
 
 def watch_attention(
-    model, positive: list, latent: dict, percent: float, seed: int, settings: Settings, words: Sequence[Word],
-    watched: frozenset[Layer],
+    model, positive: list, latent: dict, percent: float, seed: int, settings: Settings, target: Target,
+    words: Sequence[Word], watched: frozenset[Layer],
 ) -> AttentionMaps:  # fmt: skip
     """One evaluation of MODEL with PLADIS by `settings`, on the latent noised to `percent` of the schedule.
 
@@ -97,9 +98,8 @@ def watch_attention(
     image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     image = image if image.is_nested else image[:1]
     shape = tuple((image.unbind()[0] if image.is_nested else image).shape)
-    watcher = AttentionMaps(words, shape, settings.scale, settings.alpha, watched)
-    settings = Settings(settings.layers, settings.scale, settings.alpha, watch=watcher)
-    model = apply_settings(model, settings)
+    watcher = AttentionMaps(words, shape, settings.lam, settings.alpha, watched)
+    model = apply_settings(model, settings, target, watch=watcher)
     for hook in GUIDANCE_HOOKS:
         model.model_options.pop(hook, None)
     context, options = positive[0]

@@ -12,45 +12,67 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
-from . import windows
-from .windows import WindowOf, image_text, text_image, text_references_image
+from ..handed import Handed
+from . import spans
+from .spans import RowOf, Span, image_text, text_image, text_references_image
 
 UNET, CROSS, JOINT, UNSUPPORTED = "U-Net", "cross", "joint", "none"
+
+
+class Diverted(NamedTuple):
+    """A function that text attention calls past transformer_options, in the Python module whose name ends in `module`.
+
+    `calling` is how it is called: as the host's attention ("host", tensors or containers of tensors), as torch's
+    ("torch"), as xformers' ("xformers"; where that is not installed, the entry costs nothing).
+    """
+
+    module: str
+    name: str = "optimized_attention"
+    calling: str = "host"
 
 
 @dataclass(frozen=True)
 class Family:
     """One row of the table.
 
-    `kind` is UNET or CROSS (text has an attention of its own: whole rows), JOINT (text and image share rows: image
-    queries on text keys), or UNSUPPORTED, for the `reason` given. `modules` are the paths of the modules that make the
-    text attention, `*` for a number, in the order in which block lists count them. `window` says where a joint row has
-    its text. `text` is the argument of apply_model that holds it; without it, there is nothing to do.
+    `classes` are qualified names of networks, or their ends, where a pack's folder comes first. `kind` is UNET or
+    CROSS (text has an attention of its own: whole rows), JOINT (text and image share rows: image queries on text
+    keys), or UNSUPPORTED, for the `reason` given. `modules` are the paths of the modules that make the text attention,
+    `*` for a number, in the order in which block lists count them. `row` says what a joint row is made of. `text` is
+    the argument of apply_model that holds it; without it, there is nothing to do.
 
-    `direct` names a host module whose attention never sees transformer_options. `leave` tells how many of a module's
-    first attention calls are not text. `ahead` counts the queries in front of those of the picture (-1: all that are
-    not the picture's), for who draws maps. `since`: the oldest tested ComfyUI that has the family.
+    `text_tensor` names the parameter of a block's forward that holds its text stream, where it has one. `diverted` are
+    the functions that carry the attention of modules which never get transformer_options. `flat`: the batch's prompts
+    lie one after the other in one row. `calls` tells the attention calls of one module by the length of their keys,
+    where not all of them are text. `ahead` counts the queries in front of those of the picture (-1: all that are not
+    the picture's), for who draws maps. `since`: the oldest tested ComfyUI that has the family; empty: a pack's.
     """
 
     name: str
     kind: str
     classes: tuple[str, ...]
     modules: tuple[str, ...] = ()
-    window: WindowOf | None = None
+    row: RowOf | None = None
     pads: str = ""
     text: str = "c_crossattn"
-    direct: str = ""
-    leave: Callable[[Any, Mapping[str, Any]], int] = lambda module, kwargs: 0
+    text_tensor: str = ""
+    diverted: tuple[Diverted, ...] = ()
+    flat: bool = False
+    calls: Callable[[Handed], tuple[Span, ...]] = lambda handed: ()
     ahead: Callable[[Any, Mapping[str, Any]], int] = lambda network, arguments: 0
     reason: str = ""
     since: str = "0.20.0"
 
 
-def image_calls(module, kwargs: Mapping[str, Any]) -> int:
+def image_and_text_calls(handed: Handed) -> tuple[Span, ...]:
     """Wan's image-to-video attention attends to the image first, where there is one (wan/model.py)."""
-    return int(hasattr(module, "k_img") and kwargs.get("context_img_len") is not None)
+    tokens, image = handed.tokens("context"), handed.get("context_img_len")
+    if tokens is None or image is None or not hasattr(handed.module, "k_img"):
+        return ()
+    return Span("image", image), Span("text", tokens - image)
 
 
 def wan_reference(network, arguments: Mapping[str, Any]) -> int:
@@ -58,56 +80,65 @@ def wan_reference(network, arguments: Mapping[str, Any]) -> int:
     reference = arguments.get("reference_latent")
     if reference is None or type(network).__name__ in ("HumoWanModel", "WanModel_S2V"):
         return 0
-    return windows.image_tokens(reference.shape, (1, 2, 2)[-(reference.ndim - 2) :])
+    return spans.image_tokens(reference.shape, (1, 2, 2)[-(reference.ndim - 2) :])
 
 
 DOUBLE_SINGLE = ("double_blocks.*", "single_blocks.*")
 BLOCKS, LAYERS, TRANSFORMER_BLOCKS = ("blocks.*",), ("layers.*",), ("transformer_blocks.*",)
-WAN = {"kind": CROSS, "modules": ("blocks.*.cross_attn", "vace_blocks.*.cross_attn"), "leave": image_calls,
+WAN = {"kind": CROSS, "modules": ("blocks.*.cross_attn", "vace_blocks.*.cross_attn"), "calls": image_and_text_calls,
        "ahead": wan_reference, "pads": "zeros to 512 in the text encoder, not masked: take part"}  # fmt: skip
 NO_PADS = "none"
+# attention that calls torch or xformers itself
+PLAIN = (Diverted("torch.nn.functional", "scaled_dot_product_attention", "torch"),
+         Diverted("xformers.ops", "memory_efficient_attention", "xformers"))  # fmt: skip
 
 # fmt: off
 TABLE = (
     Family("SD 1.x, SD 2.x, SDXL and its refiner, SSD-1B, Vega, KOALA, InstructPix2Pix, X4 upscaler", UNET,
-           ("comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel",), pads="end tokens to 77: take part"),
+           ("comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel", "sd.openaimodel.ReUNetModel"),
+           pads="end tokens to 77: take part"),
     Family("SVD, SV3D, Zero123", UNSUPPORTED,
            ("comfy.model_base.SVD_img2vid", "comfy.model_base.Stable_Zero123"),
            reason="It has no text attention: it attends to a single image token, where sparse and dense attention are "
                   "the same"),
     Family("Flux.1, Fill, Kontext, Redux, LongCat-Image; Flux.2, Klein", JOINT, ("comfy.ldm.flux.model.Flux",),
            DOUBLE_SINGLE, text_image(),
-           "Flux.1: T5's to 256, Flux.2: zeros on the left to 512, not masked: take part. A mask (Redux) is kept"),
+           "Flux.1: T5's to 256, Flux.2: zeros on the left to 512, not masked: take part. A mask (Redux) is kept",
+           text_tensor="txt"),
     Family("Chroma, Chroma Radiance", JOINT,
-           ("comfy.ldm.chroma.model.Chroma", "comfy.ldm.chroma_radiance.model.ChromaRadiance"), DOUBLE_SINGLE,
-           text_image(), NO_PADS),
-    Family("SD3, SD3.5", JOINT, ("comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",),
-           ("joint_blocks.*",), text_image(), "of CLIP to 77 and of T5 to 77, not masked: take part"),
-    Family("AuraFlow", JOINT, ("comfy.ldm.aura.mmdit.MMDiT",), ("double_layers.*", "single_layers.*"),
-           windows.auraflow, "zeros to 256, not masked: take part. The 8 registers do not"),
+           ("comfy.ldm.chroma.model.Chroma", "comfy.ldm.chroma_radiance.model.ChromaRadiance",
+           "chroma.model.ReChroma"), DOUBLE_SINGLE, text_image(), NO_PADS, text_tensor="txt"),
+    Family("SD3, SD3.5", JOINT, ("comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
+           "sd35.mmdit.ReOpenAISignatureMMDITWrapper"), ("joint_blocks.*",), text_image(), "of CLIP to 77 and of T5 to 77, not masked: take part"),
+    Family("AuraFlow", JOINT, ("comfy.ldm.aura.mmdit.MMDiT", "aura.mmdit.ReMMDiT"), ("double_layers.*", "single_layers.*"),
+           spans.auraflow, "zeros to 256, not masked: take part. The 8 registers do not", text_tensor="c"),
     Family("Qwen-Image, Qwen-Image-Edit", JOINT, ("comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",),
-           TRANSFORMER_BLOCKS, text_image(), "none, or masked: out"),
+           TRANSFORMER_BLOCKS, text_image(), "none, or masked: out", text_tensor="encoder_hidden_states"),
+    Family("Qwen-Image, Qwen-Image-Edit by ComfyUI-nunchaku", JOINT,
+           ("models.qwenimage.NunchakuQwenImageTransformer2DModel",), ("transformer_blocks.*.attn",), text_image(),
+           "of a batch, not masked by that pack: take part", text_tensor="encoder_hidden_states",
+           diverted=(Diverted("models.qwenimage", "optimized_attention_masked"),), since=""),
     Family("MageFlow", JOINT, ("comfy.ldm.mage_flow.model.MageFlowTransformer2DModel",), TRANSFORMER_BLOCKS,
-           text_image(), "none, or masked: out", since="0.33.0"),
+           text_image(), "none, or masked: out", text_tensor="encoder_hidden_states", since="0.33.0"),
     Family("Lumina 2, NewBie, Z-Image (Omni, pixel)", JOINT, ("comfy.ldm.lumina.model.NextDiT",), LAYERS,
-           windows.lumina, "Lumina 2: none. Z-Image: learned ones to a multiple of 32, not masked, which carry text "
+           spans.lumina, "Lumina 2: none. Z-Image: learned ones to a multiple of 32, not masked, which carry text "
            "after the refiner: take part"),
     Family("HunyuanVideo 1 and 1.5, SkyReels, HunyuanCustom, HunyuanImage 2.1", JOINT,
-           ("comfy.ldm.hunyuan_video.model.HunyuanVideo",), DOUBLE_SINGLE, windows.hunyuan_video,
-           "none, or masked: out. Vision tokens do not take part, glyph tokens do"),
+           ("comfy.ldm.hunyuan_video.model.HunyuanVideo",), DOUBLE_SINGLE, spans.hunyuan_video,
+           "none, or masked: out. Vision tokens do not take part, glyph tokens do", text_tensor="txt"),
     Family("HiDream I1, E1", JOINT, ("comfy.ldm.hidream.model.HiDreamImageTransformer2DModel",),
-           ("double_stream_blocks.*", "single_stream_blocks.*"), windows.hidream,
+           ("double_stream_blocks.*", "single_stream_blocks.*"), spans.hidream,
            "of T5 and Llama to 128, not masked: take part"),
     Family("OmniGen2", JOINT, ("comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel",), LAYERS,
            text_references_image(), NO_PADS),
     Family("Boogu", JOINT, ("comfy.ldm.boogu.model.BooguTransformer2DModel",),
            ("double_stream_layers.*.img_instruct_attn", "single_stream_layers.*"), text_references_image(), NO_PADS,
            since="0.33.0"),
-    Family("Mochi", JOINT, ("comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint",), BLOCKS, windows.mochi,
+    Family("Mochi", JOINT, ("comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint",), BLOCKS, spans.mochi,
            "of T5 to 256, cut off by the host: out"),
-    Family("CogVideoX", JOINT, ("comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel",), BLOCKS, windows.cogvideo,
-           "of T5 to 226, not masked: take part", since="0.33.0"),
-    Family("Krea 2", JOINT, ("comfy.ldm.krea2.model.SingleStreamDiT",), BLOCKS, windows.krea2, NO_PADS,
+    Family("CogVideoX", JOINT, ("comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel",), BLOCKS, spans.cogvideo,
+           "of T5 to 226, not masked: take part", text_tensor="encoder_hidden_states", since="0.33.0"),
+    Family("Krea 2", JOINT, ("comfy.ldm.krea2.model.SingleStreamDiT",), BLOCKS, spans.krea2, NO_PADS,
            since="0.33.0"),
     Family("Ideogram 4", JOINT, ("comfy.ldm.ideogram4.model.Ideogram4Transformer2DModel",), LAYERS, text_image(1),
            "masked: out", since="0.33.0"),
@@ -115,20 +146,20 @@ TABLE = (
            image_text(), NO_PADS, since="0.33.0"),
     Family("Lens", JOINT, ("comfy.ldm.lens.model.LensTransformer2DModel",), TRANSFORMER_BLOCKS, image_text(1),
            "masked: out", since="0.33.0"),
-    Family("PixelDiT", JOINT, ("comfy.ldm.pixeldit.model.PixDiT_T2I",), ("patch_blocks.*",), windows.pixeldit,
+    Family("PixelDiT", JOINT, ("comfy.ldm.pixeldit.model.PixDiT_T2I",), ("patch_blocks.*",), spans.pixeldit,
            "to 300, not masked: take part", since="0.33.0"),
     Family("ERNIE-Image", JOINT, ("comfy.ldm.ernie.model.ErnieImageModel",), LAYERS, image_text(), NO_PADS,
-           direct="comfy.ldm.ernie.model"),
+           diverted=(Diverted("comfy.ldm.ernie.model"),)),
     Family("Stable Cascade, stage C", JOINT, ("comfy.ldm.cascade.stage_c.StageC",),
-           ("down_blocks.*.*.attention.attn", "up_blocks.*.*.attention.attn"), windows.cascade_c,
+           ("down_blocks.*.*.attention.attn", "up_blocks.*.*.attention.attn"), spans.cascade_c,
            "end tokens to 77: take part. Pooled prompt and vision tokens do not", text="clip_text"),
     Family("Stable Cascade, stage B", JOINT, ("comfy.ldm.cascade.stage_b.StageB",),
-           ("down_blocks.*.*.attention.attn", "up_blocks.*.*.attention.attn"), windows.cascade_b,
+           ("down_blocks.*.*.attention.attn", "up_blocks.*.*.attention.attn"), spans.cascade_b,
            "none: the text is one pooled vector, mapped to 4 tokens", text="clip"),
-    Family("MiniMax H3", JOINT, ("comfy.ldm.minimax.model.MiniMaxH3Model",), BLOCKS, windows.minimax, NO_PADS,
+    Family("MiniMax H3", JOINT, ("comfy.ldm.minimax.model.MiniMaxH3Model",), BLOCKS, spans.minimax, NO_PADS,
            since="0.33.0"),
     Family("Wan 2.1 and 2.2: T2V, I2V, FLF, Fun, VACE, Camera, HuMo, S2V, Animate, SCAIL, FlowRVS",
-           classes=("comfy.ldm.wan.model.WanModel",), **WAN),
+           classes=("comfy.ldm.wan.model.WanModel", "wan.model.ReWanModel"), **WAN),
     Family("Wan: Animate 2, WanDancer, CausalAR (not with its own sampler)", since="0.33.0", classes=(
            "comfy.ldm.wan.model_animate2.WanAnimate2Model", "comfy.ldm.wan.model_wandancer.WanDancerModel",
            "comfy.ldm.wan.ar_model.CausalWanModel"), **WAN),
@@ -144,14 +175,20 @@ TABLE = (
     Family("Kandinsky 5", CROSS, ("comfy.ldm.kandinsky5.model.Kandinsky5",),
            ("visual_transformer_blocks.*.cross_attention",), pads=NO_PADS),
     Family("PixArt alpha, sigma", CROSS, ("comfy.ldm.pixart.pixartms.PixArtMS",), ("blocks.*.cross_attn",),
-           pads=NO_PADS, direct="comfy.ldm.pixart.blocks"),
+           pads=NO_PADS, diverted=(Diverted("comfy.ldm.pixart.blocks"),)),
     Family("HunyuanDiT", CROSS, ("comfy.ldm.hydit.models.HunYuanDiT",), ("blocks.*.attn2",),
-           pads="a learned embedding for each, not masked: take part", direct="comfy.ldm.hydit.attn_layers"),
+           pads="a learned embedding for each, not masked: take part",
+           diverted=(Diverted("comfy.ldm.hydit.attn_layers"),)),
+    Family("SANA by ComfyUI_ExtraModels", CROSS, ("Sana.models.sana_multi_scale.SanaMS", "Sana.models.sana.Sana"),
+           ("blocks.*.cross_attn",), pads="cut off by that pack: out", diverted=PLAIN, flat=True, since=""),
+    Family("PixArt by ComfyUI_ExtraModels", CROSS,
+           ("PixArt.models.PixArtMS.PixArtMS", "PixArt.models.PixArt.PixArt"), ("blocks.*.cross_attn",), pads=NO_PADS,
+           diverted=PLAIN, flat=True, since=""),
     Family("ACE-Step 1", CROSS, ("comfy.ldm.ace.model.ACEStepTransformer2DModel",),
            ("transformer_blocks.*.cross_attn",), pads="none. Speaker and lyrics are in the same rows: whole row"),
     Family("ACE-Step 1.5", CROSS, ("comfy.ldm.ace.ace_step15.AceStepConditionGenerationModel",),
            ("decoder.layers.*.cross_attn",), pads="none. Lyrics and timbre are in the same rows: whole row",
-           direct="comfy.ldm.ace.ace_step15"),
+           diverted=(Diverted("comfy.ldm.ace.ace_step15"),)),
     Family("Stable Audio 1, 3", CROSS, ("comfy.ldm.audio.dit.AudioDiffusionTransformer",),
            ("transformer.layers.*.cross_attn",), pads="to 128 (3: 256), not masked: take part, and so do the seconds. "
            "Version 3 subtracts a second attention: PLADIS is in both", ahead=lambda network, arguments: -1),
@@ -167,19 +204,20 @@ TABLE = (
            reason="It is a language model: text and image are one causal sequence, which PLADIS does not cover"),
 )
 # fmt: on
-BY_CLASS = {name: family for family in TABLE for name in family.classes}
+NAMES = {name: family for family in TABLE for name in family.classes}
 
 
-def find_family(base, network=None) -> Family | None:
-    """The table's row for a model (comfy.model_base.BaseModel): by its own class, else by its network's.
-
-    `network`: one that stands in the place of the model's own (an object patch).
-    """
-    network = network_of(base) if network is None else network
-    names = (f"{c.__module__}.{c.__qualname__}" for c in (*type(base).__mro__, *type(network).__mro__))
-    return next((BY_CLASS[name] for name in names if name in BY_CLASS), None)
+@cache
+def _row_of(network: type) -> Family | None:
+    name = f"{network.__module__}.{network.__qualname__}"
+    # a pack's folder, which people name as they like, stands in front of the module's name
+    return NAMES.get(name) or next((family for end, family in NAMES.items() if name.endswith("." + end)), None)
 
 
-def network_of(base):
-    """The diffusion model itself, also while torch.compile's wrapper stands in its place."""
-    return getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)
+def is_known(network: type) -> bool:
+    return any(_row_of(c) for c in network.__mro__)
+
+
+def find_family(base, network) -> Family | None:
+    """The table's row for a model (comfy.model_base.BaseModel): by its own class, else by its network's."""
+    return next((row for c in (*type(base).__mro__, *type(network).__mro__) if (row := _row_of(c))), None)

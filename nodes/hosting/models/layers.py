@@ -6,16 +6,13 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import nn
 
-from .families import UNET, UNSUPPORTED, Family, find_family
+from .families import UNET, Family
 
 LAYER_CHOICES = ("all", "down + up", "custom")
 PREFIXES = {"d": "input", "m": "middle", "u": "output", "b": "block"}
 ENTRY = re.compile(r"([dmub])(\d+)(?:-\1?(\d+))?(?:\.(\d+)(?:-(\d+))?)?", re.ASCII)
-# by shape instead of by module, in a network that is not in the table
-BY_SHAPE = "by shape"
 
 
 class Layer(NamedTuple):
@@ -38,49 +35,20 @@ class Layer(NamedTuple):
         return self.part, self.number, self.index
 
 
-def text_layers(model, force_unknown: bool = False) -> tuple[Layer, ...]:
-    """Every text attention of a MODEL, in the order in which the network runs them.
+# all that is known of a network that is not in the table
+BY_SHAPE = Layer("by shape", "block", 0, 0)
 
-    `force_unknown`: in a network that is not in the table, whatever looks like text attention by its shape.
-
-    Raises:
-        ValueError: the model has none that PLADIS can reach.
-    """
-    base, network = model.model, model.get_model_object("diffusion_model")
-    family = find_family(base, network)
-    if family is None:
-        if force_unknown:
-            return (Layer(BY_SHAPE, "block", 0, 0),)
-        raise ValueError(
-            f"PLADIS does not know this kind of model and cannot reach the text attention of {type(network).__name__} "
-            f"({type(base).__name__}). The README lists the families that it knows. To try a general rule, set "
-            "force_unknown in Apply PLADIS (Advanced); else remove the Apply PLADIS node, or load another model."
-        )
-    if family.kind == UNSUPPORTED:
-        raise ValueError(
-            f"{type(base).__name__} has no text attention that PLADIS changes. {family.reason}. Remove the Apply "
-            "PLADIS node from this workflow."
-        )
-    layers = unet_layers(network) if family.kind == UNET else tuple(_module_layers(network, family))
-    if not layers:
-        raise ValueError(
-            f"{type(base).__name__} has no text cross-attention layer: PLADIS would change nothing. "
-            "Remove the Apply PLADIS node from this workflow."
-        )
-    return layers
+def family_layers(network: nn.Module, family: Family) -> Iterable[tuple[Layer, nn.Module]]:
+    """Every text attention of a network and the module that makes it, in the order in which the network runs them."""
+    return _unet_layers(network) if family.kind == UNET else _module_layers(network, family)
 
 
-def unet_layers(network: UNetModel) -> tuple[Layer, ...]:
-    """Every cross-attention of a U-Net, in the order in which it runs them."""
-    return tuple(_unet_layers(network))
-
-
-def _module_layers(network, family: Family) -> Iterable[Layer]:
+def _module_layers(network: nn.Module, family: Family) -> Iterable[tuple[Layer, nn.Module]]:
     """The modules that the family names; those under one numbered module are one block."""
     patterns = [re.compile(re.escape(m).replace(r"\*", r"(\d+)")) for m in family.modules]
     found = [
-        (order, path[: match.end(match.lastindex)], path)
-        for path, _ in network.named_modules()
+        (order, path[: match.end(match.lastindex)], path, module)
+        for path, module in _named_modules(network)
         for order, pattern in enumerate(patterns)
         if (match := pattern.fullmatch(path))
     ]
@@ -89,12 +57,19 @@ def _module_layers(network, family: Family) -> Iterable[Layer]:
     found.sort(key=lambda entry: containers.index(containers[entry[0]]))
     numbers: dict[str, int] = {}
     depths: dict[str, int] = {}
-    for _, block, path in found:
+    for _, block, path, module in found:
         depth = depths[block] = depths.get(block, -1) + 1
-        yield Layer("module", "block", numbers.setdefault(block, len(numbers)), depth, path)
+        yield Layer("module", "block", numbers.setdefault(block, len(numbers)), depth, path), module
 
 
-def _unet_layers(network: UNetModel) -> Iterable[Layer]:
+def _named_modules(network: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Their paths as without torch.compile, which puts blocks that it compiles alone under `_orig_mod`."""
+    for path, module in network.named_modules():
+        if not hasattr(module, "_orig_mod"):
+            yield path.replace("._orig_mod", ""), module
+
+
+def _unet_layers(network: nn.Module) -> Iterable[tuple[Layer, nn.Module]]:
     parts = (
         ("input", network.input_blocks),
         ("middle", [network.middle_block] if network.middle_block is not None else []),
@@ -103,12 +78,12 @@ def _unet_layers(network: UNetModel) -> Iterable[Layer]:
     for part, blocks in parts:
         for number, block in enumerate(blocks):
             for transformer in block:
-                if isinstance(transformer, SpatialTransformer):
-                    for index, layer in enumerate(transformer.transformer_blocks):
-                        if layer.disable_self_attn:
-                            yield Layer("attn1", part, number, index)
-                        if layer.attn2 is not None:
-                            yield Layer("attn2", part, number, index)
+                # SpatialTransformer, whatever class other packs make of it
+                for index, layer in enumerate(getattr(transformer, "transformer_blocks", ())):
+                    if layer.disable_self_attn:
+                        yield Layer("attn1", part, number, index), layer
+                    if layer.attn2 is not None:
+                        yield Layer("attn2", part, number, index), layer
 
 
 def choose_layers(choice: str, blocks: str, layers: tuple[Layer, ...]) -> frozenset[Layer]:

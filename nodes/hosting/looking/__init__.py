@@ -1,0 +1,1 @@
+"""Looking into a model: what its text attention does, and which tokens a word is."""

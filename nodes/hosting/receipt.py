@@ -1,0 +1,150 @@
+"""What PLADIS did in a sampling run: counted per layer and step, said once at its end in the log and on the node.
+
+A run in which PLADIS should act and reaches nothing ends in its first step with an error. Nothing here waits for the
+device or evaluates anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .models.layers import Layer, layer_names
+from .models.target import Target
+from .running import ModelCall
+from .settings import Settings
+from .suspects import advice
+
+LOGGER = logging.getLogger(__name__)
+# more layers than this are counted, not named
+NAMED = 8
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What one Apply node asks for, and the node on which to report."""
+
+    settings: Settings
+    node: str | None = None
+
+
+@dataclass
+class Step:
+    """One step of the sampler: its model calls, which Apply nodes were on in them, and what became of their layers."""
+
+    calls: int = 0
+    on: set[int] = field(default_factory=set)
+    reached: set[Layer] = field(default_factory=set)
+    # these modules ran, but their attention went past PLADIS
+    missed: set[Layer] = field(default_factory=set)
+
+
+class Receipt:
+    """Of one sampling run; model calls on several devices come from several threads.
+
+    `suspects`: names of packs that took hold of the model, for messages.
+    """
+
+    def __init__(self, applied: Sequence[Applied], target: Target, suspects: Sequence[str]):
+        self._applied, self._target, self._suspects = applied, target, suspects
+        self._lock = threading.Lock()
+        self._steps: list[Step] = []
+        self._step = Step()
+        self._seen: set[Layer] = set()
+
+    def add(self, call: ModelCall | None, on: Sequence[int] = ()) -> None:
+        """A model call has ended; `on` are the places of the Apply nodes that were on in it.
+
+        Raises:
+            RuntimeError: PLADIS was on, and has reached none of a node's layers in this run.
+        """
+        with self._lock:
+            step = self._step
+            step.calls += 1
+            step.on.update(on)
+            if call is None:
+                return
+            step.reached |= call.reached
+            step.missed |= call.ran - call.reached
+            self._seen |= call.reached
+            for i in on:
+                layers = self._applied[i].settings.layers & call.active.keys()
+                if layers and not layers & self._seen:
+                    raise RuntimeError(self._nothing(layers))
+
+    def end_step(self) -> None:
+        """The sampler is done with a step. One without a model call was answered from a cache."""
+        with self._lock:
+            self._steps.append(self._step)
+            self._step = Step()
+
+    def finish(self) -> list[tuple[str | None, str]]:
+        """Says it in the log. Returns for every node that was on its words."""
+        if self._step.calls and self._steps:
+            # a sampler's second evaluation of the last step
+            last = self._steps[-1]
+            for name in ("on", "reached", "missed"):
+                getattr(last, name).update(getattr(self._step, name))
+        said = []
+        for i, applied in enumerate(self._applied):
+            if applied.settings.is_off:
+                continue
+            words, complete = self._words(i)
+            LOGGER.log(logging.INFO if complete else logging.WARNING, "PLADIS: %s", words)
+            said.append((applied.node, words))
+        return said
+
+    def _words(self, i: int) -> tuple[str, bool]:
+        """`70 of 70 text layers in 20 of 20 steps, lambda 2, alpha 1.5`, and whether all that ought to run did."""
+        settings = self._applied[i].settings
+        steps, unit = (self._steps, "steps") if self._steps else ([self._step], "model calls")
+        total = len(steps) if self._steps else self._step.calls
+        layers = settings.layers
+        ever = {layer for step in steps for layer in step.reached} & layers
+        missed = {layer for step in steps for layer in step.missed} & layers
+        whole = [step for step in steps if ever and ever <= step.reached]
+        part = [step for step in steps if step.reached & layers and not ever <= step.reached]
+        # LazyCache answers a step before any model call
+        cached = [s for s in steps if not s.reached & layers and (i in s.on or not s.calls) and not s.missed & layers]
+        outside = len(steps) - len(whole) - len(part) - len(cached)
+        done = self._step.calls if whole and not self._steps else len(whole)
+        notes = [
+            f"{len(cached)} answered from a cache" if cached else "",
+            f"{len(part)} answered from a cache in part" if part and not missed else "",
+            f"{outside} outside its range or without its prompt" if outside else "",
+        ]
+        chosen = "text layers" if len(layers) == len(self._target.layers) else "chosen text layers"
+        words = f"{len(ever)} of {len(layers)} {chosen} in {done} of {total} {unit}, {settings.describe()}"
+        words += "".join(f"; {note}" for note in notes if note)
+        incomplete = (layers - ever) | missed
+        if incomplete and whole:
+            words += f". Not reached: {self._names(incomplete)}{self._blame()}"
+        return words, not incomplete or not (whole or part)
+
+    def _nothing(self, layers: set[Layer]) -> str:
+        return (
+            f"PLADIS reached none of its {len(layers)} text layers ({self._names(layers)}), so the picture would be as "
+            f"without it: something else computes their attention{self._blame()}"
+        )
+
+    def _blame(self) -> str:
+        if not self._suspects:
+            return ". Remove nodes between Apply PLADIS and the sampler to find out which, or remove Apply PLADIS."
+        ways = [way for pack in self._suspects if (way := advice(pack))]
+        likely = f". Likely {' or '.join(self._suspects)}, which took hold of this model. "
+        return likely + (" ".join(ways) if ways else "Remove its node, or Apply PLADIS.")
+
+    def _names(self, layers: set[Layer]) -> str:
+        every = self._target.layers
+        names = [name for layer, name in zip(every, layer_names(every), strict=True) if layer in layers]
+        return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def show_on_node(node: str, words: str) -> None:
+    """The words on the node, in both renderers, where a server runs (server.py, send_progress_text)."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is not None:
+        server.send_progress_text(f"PLADIS: {words}", node, server.client_id)

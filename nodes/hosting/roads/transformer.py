@@ -1,0 +1,325 @@
+"""PLADIS in a transformer: what a text module does with the attention calls that it makes.
+
+A text module is known since the node ran. When it is entered, it gets transformer_options with an attention override
+of its own (comfy/ldm/modules/attention.py, wrap_attn); where its calls go past these options, the function that carries
+them is diverted while it runs. No other attention of the network sees anything of it, and an override that another node
+has set computes the dense part.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from comfy.ldm.modules import attention as host_attention
+from torch import nn
+
+from ....pladis_core import (
+    add_capped,
+    attention_with_lse,
+    joint_correction,
+    log_sum_exp,
+    pladis_attention,
+    pladis_correction,
+)
+from ..batch import Segment
+from ..handed import OPTIONS, Handed
+from ..models.families import JOINT, Diverted
+from ..models.layers import Layer
+from ..models.spans import Inserted, Places, Row, Span, place
+from ..running import KEY, ModelCall, TorchDiversion, diversion
+from .attention_call import READERS, AttentionCall, one_row_each
+from .streams import StreamProbe
+
+Attention = Callable[..., torch.Tensor]
+OVERRIDE = "optimized_attention_override"
+# the host's own softmax attention, for which torch's is the same mathematics, on a CPU much faster
+SOFTMAX = {"cuda": ("attention_pytorch",),
+           "cpu": ("attention_pytorch", "attention_sub_quad", "attention_split", "attention_basic")}  # fmt: skip
+WAY_OUT = (
+    "Another node changed the tokens of this block in a way that PLADIS cannot follow. Remove that node or Apply PLADIS."
+)
+
+
+def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> None:
+    """The options of this call, and what its text modules do when they are entered and left."""
+    family = call.target.family
+    call.options = {**transformer_options, KEY: call}
+    call.enter, call.leave = enter_module, leave_module
+    if family.kind == JOINT:
+        probe = StreamProbe()
+        call.options = probe.between(call.options)
+        row = family.row(call.target.network(), call.arguments)
+        call.notes["row"] = JointRow(row, probe)
+    call.notes["ahead"] = family.ahead(call.target.network(), call.arguments)
+
+
+def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed:
+    """A text module runs: its attention goes through an override of its own."""
+    (layer,) = layers
+    family = call.target.family
+    if family.kind == JOINT:
+        call.notes["row"].check_streams(handed, family.text_tensor)
+    override = partial(TextOverride, call, layer, family.calls(handed), handed.rows if family.flat else None)
+    diverted = _diverted(call, handed)
+    if diverted:
+        call.notes["diverted"] = [_divert(place, override(None)) for place in diverted]
+    if not handed.takes(OPTIONS):
+        return handed
+    # where a pack forgot to pass them on, the call's own
+    options = handed.options or call.options
+    return handed.with_options({**options, OVERRIDE: override(options.get(OVERRIDE))})
+
+
+def leave_module(call: ModelCall) -> None:
+    for leave in call.notes.pop("diverted", ()):
+        leave()
+
+
+class JointRow:
+    """The row of one model call, and where text and image are in the attention calls that were seen of it."""
+
+    def __init__(self, row: Row, probe: StreamProbe):
+        self._row, self._probe = row, probe
+        self._places: dict[tuple[Inserted, int, int], Places | None] = {}
+
+    def places(self, queries: int, keys: int) -> Places | None:
+        """None where the attention is another one of the block's.
+
+        Raises:
+            RuntimeError: the tokens do not add up.
+        """
+        inserted = self._probe.inserted
+        seen = (inserted, queries, keys)
+        if seen not in self._places:
+            try:
+                self._places[seen] = place(self._row, inserted, queries, keys)
+            except ValueError as error:
+                raise RuntimeError(f"PLADIS: {error}. {WAY_OUT}") from None
+        return self._places[seen]
+
+    def check_streams(self, handed: Handed, text_tensor: str) -> None:
+        """The text that the block is handed is the prompt with what was put around it.
+
+        Raises:
+            RuntimeError: it has another length.
+        """
+        found = handed.tokens(text_tensor) if text_tensor else None
+        stream = [span for span in self._row.keys if span.name in self._row.text_stream]
+        expected = sum(span.length for span in stream) + sum(self._probe.inserted.text)
+        if found is not None and found != expected:
+            described = " + ".join(f"{span.name} {span.length}" for span in stream)
+            added = sum(self._probe.inserted.text)
+            raise RuntimeError(
+                f"PLADIS: a block's text has {found} tokens, but {described}{f' + added {added}' if added else ''} = "
+                f"{expected}. {WAY_OUT}"
+            )
+
+
+class TextOverride:
+    """The attention override of one text module, for one time that it runs.
+
+    `calls` tells the module's attention calls by the length of their keys; empty, where all are text. `rows`: the batch
+    that the module flattens into one row.
+    """
+
+    def __init__(
+        self, call: ModelCall, layer: Layer, calls: tuple[Span, ...], rows: int | None, resident: Attention | None
+    ):
+        self.call, self.layer, self.rows, self.resident = call, layer, rows, resident
+        self._calls = list(calls)
+        self._lengths = {span.length for span in calls}
+
+    def __call__(self, function: Attention, *args, diverted: str = "", **kwargs) -> torch.Tensor:
+        """`diverted`: how a function that was diverted is called; empty for the host's own call of an override."""
+        dense = function if self.resident is None else partial(self.resident, function)
+        args = _taken(args)
+        attention = READERS[diverted or "host"](*args, **kwargs)
+        if self.rows is not None:
+            attention = one_row_each(attention, self.rows)
+        # what stands in a host's module may be another pack's, and is always asked
+        alone = function if self.resident is None and diverted in ("", "torch") else None
+        out = self._changed(attention, alone, partial(dense, *args, **kwargs)) if self._is_text(attention) else None
+        if out is None:
+            return dense(*args, **kwargs)
+        self.call.reached.add(self.layer)
+        return out
+
+    def _is_text(self, attention: AttentionCall) -> bool:
+        """By the length of its keys; of two calls with the same, by their order."""
+        if not self._calls:
+            return True
+        keys = attention.k.shape[2]
+        if keys not in self._lengths:
+            lengths = ", ".join(f"{span.name} {span.length}" for span in self._calls)
+            raise RuntimeError(f"PLADIS: an attention call has {keys} keys, where {lengths} are expected. {WAY_OUT}")
+        fitting = next(span for span in self._calls if span.length == keys)
+        if sum(span.length == keys for span in self._calls) > 1:
+            self._calls.remove(fitting)
+        return fitting.name == "text"
+
+    def _changed(self, attention: AttentionCall, alone: Attention | None, dense) -> torch.Tensor | None:
+        """The attention with PLADIS, in the caller's layout; None where it is not the text's.
+
+        `alone`: the function that nobody else has a say in, so that one fused pass may replace it.
+        """
+        row: JointRow | None = self.call.notes.get("row")
+        if row is None:
+            return self._whole_rows(attention, alone, dense)
+        places = row.places(attention.q.shape[2], attention.k.shape[2])
+        return None if places is None else self._joint(attention, places, alone, dense)
+
+    def _whole_rows(self, attention: AttentionCall, alone, dense) -> torch.Tensor:
+        """Cross-attention: one fused pass, or what is there already plus the correction."""
+        settings, segments = self._settings_and_segments(attention)
+        options = {"lam": settings.lam, "alpha": settings.alpha, "enable_gqa": attention.grouped}
+        q, k, v = attention.q, attention.k, attention.v
+        every = slice(None)
+        self._watch(q, k, v, mask=attention.mask, scale=attention.scale)
+        everything = len(segments) == 1 and segments[0].rows == slice(0, len(q))
+        if alone is not None and everything and not settings.norm_cap:
+            return attention.give(pladis_attention(q, k, v, attention.mask, attention.scale, **options))
+        out = dense().clone()
+        view = attention.view(out)
+        for rows in (segment.rows for segment in segments):
+            mask = attention.part_of_mask(rows, every, every)
+            correction = pladis_correction(q[rows], k[rows], v[rows], mask, attention.scale, **options)
+            view[rows] = _added(view[rows], correction, settings.norm_cap)
+        return out
+
+    def _joint(self, attention: AttentionCall, places: Places, alone, dense) -> torch.Tensor:
+        """Joint attention: image queries on text keys, on top of the dense output."""
+        q, k, v, scale, grouped = attention.q, attention.k, attention.v, attention.scale, attention.grouped
+        settings, segments = self._settings_and_segments(attention)
+        lse = result = None
+        if alone is not None and getattr(alone, "__name__", "") in SOFTMAX.get(q.device.type, ()):
+            result = attention_with_lse(q, k, v, attention.mask, scale, enable_gqa=grouped)
+        if result is not None:
+            view, lse = result
+        else:
+            out = dense().clone()
+            view = attention.view(out)
+        rows = slice(None) if places.image is None else places.image
+        whole = places.text.stop - places.text.start
+        for segment in segments:
+            batch, start = segment.rows, places.text.start
+            # a prompt that the host repeated counts once
+            length = whole if segment.length in (None, self.call.batch.tokens) else segment.length
+            text = slice(start, start + length)
+            queries = q[batch][:, :, rows]
+            row_lse = (
+                log_sum_exp(
+                    queries, k[batch], attention.part_of_mask(batch, rows, slice(None)), scale, enable_gqa=grouped
+                )
+                if lse is None
+                else lse[batch][:, :, rows]
+            )
+            its_text = k[batch][:, :, text], v[batch][:, :, text]
+            mask = attention.part_of_mask(batch, rows, text)
+            self._watch(queries, *its_text, mask=mask, scale=scale, row_lse=row_lse)
+            correction = joint_correction(
+                queries, *its_text, row_lse, mask, scale, lam=settings.lam, alpha=settings.alpha,
+                copies=whole // length, enable_gqa=grouped,
+            )  # fmt: skip
+            view[batch][:, :, rows] = _added(view[batch][:, :, rows], correction, settings.norm_cap)
+        return out if result is None else attention.give(view)
+
+    def _settings_and_segments(self, attention: AttentionCall):
+        settings = self.call.active[self.layer]
+        segments = self.call.batch.segments(attention.q.shape[0], settings.apply_to)
+        segments = [segment for segment in segments if segment.active]
+        if "row" not in self.call.notes:
+            # of whole rows, prompts of several lengths are masked by the host
+            segments = _merged(segments)
+        return settings, segments
+
+    def _watch(self, *tensors, **known) -> None:
+        if self.call.watch is not None:
+            self.call.watch(self.layer, *tensors, **known, ahead=self.call.notes["ahead"])
+
+
+def _merged(segments: list[Segment]) -> list[Segment]:
+    """Neighbours in one."""
+    merged: list[Segment] = []
+    for segment in segments:
+        if merged and merged[-1].rows.stop == segment.rows.start:
+            rows = slice(merged.pop().rows.start, segment.rows.stop)
+            segment = Segment(rows, None, True)
+        merged.append(segment)
+    return merged
+
+
+def _added(dense: torch.Tensor, correction: torch.Tensor, cap: float) -> torch.Tensor:
+    return add_capped(dense, correction, cap) if cap else dense.add_(correction)
+
+
+def _taken(args: tuple) -> tuple:
+    """Newer hosts hand q, k and v over in containers, so that they can be freed early (AttentionTensorContainer)."""
+    container = getattr(host_attention, "AttentionTensorContainer", ())
+    return tuple(arg.take() if isinstance(arg, container) else arg for arg in args)
+
+
+def _divert(place: Diverted, override: TextOverride) -> Callable[[], None]:
+    """Diverts one function for this thread; what undoes it."""
+    override = partial(override, diverted=place.calling)
+    if place.calling == "torch":
+        mode = TorchDiversion(override)
+        mode.__enter__()
+        return partial(mode.__exit__, None, None, None)
+    diverted = diversion(place.module, place.name)
+    diverted.enter(override)
+    return diverted.leave
+
+
+def _diverted(call: ModelCall, handed: Handed) -> tuple[Diverted, ...]:
+    """The functions that carry the module's attention where it is not handed any options."""
+    if call.target.family.diverted:
+        places = _places_of(type(handed.module), call.target.family.diverted, _python_modules(handed.module))
+        if places:
+            return places
+    return () if handed.takes(OPTIONS) else _found_in(_python_modules(handed.module))
+
+
+def _python_modules(module: nn.Module) -> frozenset[str]:
+    """Where the classes of a module and of what is in it were written."""
+    return frozenset(type(m).__module__ for m in module.modules())
+
+
+@lru_cache(maxsize=256)
+def _places_of(_: type, diverted: tuple[Diverted, ...], written_in: frozenset[str]) -> tuple[Diverted, ...]:
+    """The table's places, by the modules' whole names; those that are not there are left out."""
+    return tuple(place for d in diverted for place in _resolved(d, written_in))
+
+
+def _resolved(diverted: Diverted, written_in: frozenset[str]) -> Iterator[Diverted]:
+    name = diverted.module
+    inside = next((m for m in written_in if m == name or m.endswith("." + name)), None)
+    if inside is not None:
+        yield diverted._replace(module=inside)
+    elif diverted.calling != "host" and name.split(".")[0] in sys.modules:
+        yield diverted
+
+
+@lru_cache(maxsize=256)
+def _found_in(written_in: frozenset[str]) -> tuple[Diverted, ...]:
+    """The host's attention functions by the names under which these Python modules call them.
+
+    For blocks that other packs put in the place of the host's, and that take no options. Helpers that they import
+    (RES4LYF's chroma.math) count.
+    """
+    functions = {f for name, f in vars(host_attention).items() if name.startswith(("optimized_attention", "attention_"))
+                 and isinstance(f, FunctionType)}  # fmt: skip
+    spaces = {name: sys.modules[name] for name in written_in if not name.startswith("torch.") and name in sys.modules}
+    for value in [value for space in spaces.values() for name, value in vars(space).items() if name == "attention"]:
+        if isinstance(value, FunctionType) and value.__module__ in sys.modules:
+            spaces.setdefault(value.__module__, sys.modules[value.__module__])
+    return tuple(
+        Diverted(module, name)
+        for module, space in spaces.items()
+        for name, value in vars(space).items()
+        if isinstance(value, FunctionType) and value in functions and module != host_attention.__name__
+    )

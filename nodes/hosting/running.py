@@ -1,0 +1,181 @@
+"""What outlives a line of a model call: which call runs in this thread, hooks on modules, functions that are diverted.
+
+All of it is bound to its thread, or counted, or both, and undone on every way out: a network may run in several threads
+at once, with and without PLADIS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .batch import Batch
+from .handed import Handed
+from .models.layers import Layer
+from .models.target import Target
+from .settings import Settings
+
+KEY = "pladis"
+_here = threading.local()
+_lock = threading.RLock()
+
+
+@dataclass(eq=False)
+class ModelCall:
+    """One evaluation of a network with PLADIS: what its text modules need to know, and what became of them.
+
+    `active` has the settings of this noise level for every layer that gets PLADIS. `arguments` are those of
+    apply_model, `options` the transformer_options that the network gets. `watch` is called with what every text
+    attention gets (looking/attention_map.py). `enter` is the road's: it gets the module's arguments and changes them.
+    """
+
+    target: Target
+    active: dict[Layer, Settings]
+    batch: Batch
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    enter: Callable[[ModelCall, list[Layer], Handed], Handed] | None = None
+    leave: Callable[[ModelCall], None] | None = None
+    watch: Callable[..., Any] | None = None
+    ran: set[Layer] = field(default_factory=set)
+    reached: set[Layer] = field(default_factory=set)
+    # the road's own, for the time of the call
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def current_call() -> ModelCall | None:
+    """The call that runs in this thread."""
+    calls = getattr(_here, "calls", ())
+    return calls[-1] if calls else None
+
+
+@contextlib.contextmanager
+def running(call: ModelCall) -> Iterator[None]:
+    """`call` runs in this thread."""
+    calls = _here.__dict__.setdefault("calls", [])
+    calls.append(call)
+    try:
+        yield
+    finally:
+        calls.pop()
+
+
+# by network: how many calls want the hooks on its text modules, and their handles
+_hooked: WeakKeyDictionary[nn.Module, tuple[int, list]] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def hooked(target: Target) -> Iterator[None]:
+    """Hooks on the text modules of a network, which do nothing but for a call of ours. The last to leave removes them.
+
+    A gradient recomputes modules after the call, perhaps in a thread of autograd: then the hooks stay for the run.
+    """
+    network = target.network()
+    with _lock:
+        count, handles = _hooked.get(network, (0, []))
+        if not count:
+            for module, layers in target.modules().items():
+                handles += _hook(module, layers)
+        _hooked[network] = (count + 1, handles)
+    try:
+        yield
+    finally:
+        with _lock:
+            count, handles = _hooked.pop(network)
+            if count > 1:
+                _hooked[network] = (count - 1, handles)
+            else:
+                for handle in handles:
+                    handle.remove()
+
+
+def _hook(module: nn.Module, layers: list[Layer]) -> list:
+    def whose(handed: Handed) -> tuple[ModelCall | None, list[Layer]]:
+        # the options say it wherever they come along: in autograd's threads, in a recomputation
+        call = handed.options.get(KEY) or current_call()
+        return call, [layer for layer in layers if call is not None and layer in call.active]
+
+    def enter(module, args, kwargs):
+        handed = Handed(module, args, kwargs)
+        call, mine = whose(handed)
+        if not mine:
+            return None
+        call.ran.update(mine)
+        handed = call.enter(call, mine, handed)
+        return handed.args, handed.kwargs
+
+    def leave(module, args, kwargs, output):
+        call, mine = whose(Handed(module, args, kwargs))
+        if mine and call.leave is not None:
+            call.leave(call)
+
+    return [
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+    ]
+
+
+class Diversion:
+    """A function of another Python module, in whose place one of ours stands while a thread wants it.
+
+    Ours acts in the threads that entered, and calls what stood there before; other threads notice nothing.
+    """
+
+    def __init__(self, module: str, name: str):
+        self._place = sys.modules.get(module) or importlib.import_module(module)
+        self._name = name
+        self._overrides: dict[int, Callable[..., Any]] = {}
+        self._resident: Callable[..., Any] | None = None
+
+    def enter(self, override: Callable[..., Any]) -> None:
+        """Until `leave`, this thread's calls go to `override(function, *args, **kwargs)`."""
+        with _lock:
+            if not self._overrides:
+                self._resident = getattr(self._place, self._name)
+                setattr(self._place, self._name, self._function)
+            self._overrides[threading.get_ident()] = override
+
+    def leave(self) -> None:
+        """Also where this thread did not enter, or left already."""
+        with _lock:
+            entered = self._overrides.pop(threading.get_ident(), None)
+            if entered is not None and not self._overrides:
+                setattr(self._place, self._name, self._resident)
+
+    def _function(self, *args, **kwargs):
+        # taken before the look-up: the last thread to leave may be leaving
+        resident = self._resident
+        override = self._overrides.get(threading.get_ident())
+        return resident(*args, **kwargs) if override is None else override(resident, *args, **kwargs)
+
+
+class TorchDiversion(TorchFunctionMode):
+    """torch.nn.functional's own attention, while a thread wants it: torch function modes are the thread's."""
+
+    FUNCTION = torch.nn.functional.scaled_dot_product_attention
+
+    def __init__(self, override: Callable[..., Any]):
+        super().__init__()
+        self._override = override
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is self.FUNCTION:
+            return self._override(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@cache
+def diversion(module: str, name: str) -> Diversion:
+    return Diversion(module, name)
