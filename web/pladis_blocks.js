@@ -1,6 +1,6 @@
-// Block lists (d2.2-9,m0,u0.4,b0-11), read and written. The spelling is that of nodes/hosting/layers.py, which decides;
-// tests/web compares both. A layout is the number of layers of every block: {d: [2, 2], m: [1], u: [2, 2], b: []}.
-// A choice is a set of layers, each as "d2.3".
+// Block lists (d2.2-9,m0,u0.4,b0-11), read and written. The spelling is that of nodes/hosting/models/layers.py, which
+// decides; tests/web compares both. A layout is the number of layers of every block: {d: [2, 2], m: [1], u: [2, 2],
+// b: []}. A choice is a set of layers, each as "d2.3".
 
 const ENTRY = /^([dmub])(\d+)(?:-\1?(\d+))?(?:\.(\d+)(?:-(\d+))?)?$/;
 // what a list without a known model may name, else a typing error would draw thousands of chips

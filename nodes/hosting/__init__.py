@@ -1,7 +1,7 @@
 """The only code that knows ComfyUI's hooks: which layers, when, composed with whom.
 
-`wrappers` is the way in, from an Apply node to a model call. Rooms: `models` (families, their layers, what their rows are
-made of), `roads` (the ways to a layer's attention), `looking` (maps and words).
+`wrappers` is the way in, from an Apply node to a model call. Rooms: `models` (families, their layers, what their rows
+are made of), `roads` (the ways to a layer's attention), `looking` (maps and words).
 """
 
 from .models.layers import LAYER_CHOICES, block_names, choose_layers, layer_names

@@ -20,6 +20,11 @@ def _positions(forward) -> dict[str, int]:
     return {name: index for index, name in enumerate(named[1:])}
 
 
+@lru_cache(maxsize=512)
+def _takes_any(forward) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+
+
 @dataclass(frozen=True)
 class Handed:
     """The arguments of one call of `module`."""
@@ -34,7 +39,13 @@ class Handed:
         return self.args[index] if index < len(self.args) else self.kwargs.get(name)
 
     def takes(self, name: str) -> bool:
+        """Whether it may be given."""
         return name in self.kwargs or name in _positions(type(self.module).forward)
+
+    def uses(self, name: str) -> bool:
+        """Whether the class of the module has a parameter for it."""
+        forward = type(self.module).forward
+        return name in _positions(forward) or (name in self.kwargs and _takes_any(forward))
 
     def tokens(self, name: str) -> int | None:
         """The length of a (B, L, C) argument."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .models.layers import Layer, layer_names
@@ -45,10 +45,10 @@ class Step:
 class Receipt:
     """Of one sampling run; model calls on several devices come from several threads.
 
-    `suspects`: names of packs that took hold of the model, for messages.
+    `suspects` gives the names of packs that took hold of the model, for messages.
     """
 
-    def __init__(self, applied: Sequence[Applied], target: Target, suspects: Sequence[str]):
+    def __init__(self, applied: Sequence[Applied], target: Target, suspects: Callable[[], Sequence[str]]):
         self._applied, self._target, self._suspects = applied, target, suspects
         self._lock = threading.Lock()
         self._steps: list[Step] = []
@@ -131,10 +131,11 @@ class Receipt:
         )
 
     def _blame(self) -> str:
-        if not self._suspects:
+        packs = self._suspects()
+        if not packs:
             return ". Remove nodes between Apply PLADIS and the sampler to find out which, or remove Apply PLADIS."
-        ways = [way for pack in self._suspects if (way := advice(pack))]
-        likely = f". Likely {' or '.join(self._suspects)}, which took hold of this model. "
+        ways = list(dict.fromkeys(way for pack in packs if (way := advice(pack))))
+        likely = f". Likely {' or '.join(packs)}, which took hold of this model. "
         return likely + (" ".join(ways) if ways else "Remove its node, or Apply PLADIS.")
 
     def _names(self, layers: set[Layer]) -> str:
@@ -144,7 +145,8 @@ class Receipt:
 
 
 def show_on_node(node: str, words: str) -> None:
-    """The words on the node, in both renderers, where a server runs (server.py, send_progress_text)."""
+    """The words on the node, in both renderers, in the browser that queued the run (server.py, send_progress_text)."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None:
+    # without a client they would go to every browser, on whatever node has this id there
+    if server is not None and server.client_id is not None:
         server.send_progress_text(f"PLADIS: {words}", node, server.client_id)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -60,6 +61,26 @@ def current_call() -> ModelCall | None:
     return calls[-1] if calls else None
 
 
+# by network: the last call of a run that wants gradients, whose modules may be computed again when it is over
+_kept: WeakKeyDictionary[nn.Module, ModelCall] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def kept(call: ModelCall) -> Iterator[None]:
+    """A backward pass that recomputes modules of the network does so for `call`, whatever thread it runs in."""
+    network = call.target.network()
+    _kept[network] = call
+    try:
+        yield
+    finally:
+        _kept.pop(network, None)
+
+
+def _recomputed_call(target: Target) -> ModelCall | None:
+    in_backward = torch._C._current_graph_task_id() != -1
+    return _kept.get(target.network()) if in_backward else None
+
+
 @contextlib.contextmanager
 def running(call: ModelCall) -> Iterator[None]:
     """`call` runs in this thread."""
@@ -86,7 +107,7 @@ def hooked(target: Target) -> Iterator[None]:
         count, handles = _hooked.get(network, (0, []))
         if not count:
             for module, layers in target.modules().items():
-                handles += _hook(module, layers)
+                handles += _hook(target, module, layers)
         _hooked[network] = (count + 1, handles)
     try:
         yield
@@ -100,10 +121,10 @@ def hooked(target: Target) -> Iterator[None]:
                     handle.remove()
 
 
-def _hook(module: nn.Module, layers: list[Layer]) -> list:
+def _hook(target: Target, module: nn.Module, layers: list[Layer]) -> list:
     def whose(handed: Handed) -> tuple[ModelCall | None, list[Layer]]:
         # the options say it wherever they come along: in autograd's threads, in a recomputation
-        call = handed.options.get(KEY) or current_call()
+        call = handed.options.get(KEY) or current_call() or _recomputed_call(target)
         return call, [layer for layer in layers if call is not None and layer in call.active]
 
     def enter(module, args, kwargs):
@@ -132,9 +153,8 @@ class Diversion:
     Ours acts in the threads that entered, and calls what stood there before; other threads notice nothing.
     """
 
-    def __init__(self, module: str, name: str):
-        self._place = sys.modules.get(module) or importlib.import_module(module)
-        self._name = name
+    def __init__(self, place: ModuleType, name: str):
+        self._place, self._name = place, name
         self._overrides: dict[int, Callable[..., Any]] = {}
         self._resident: Callable[..., Any] | None = None
 
@@ -177,5 +197,10 @@ class TorchDiversion(TorchFunctionMode):
 
 
 @cache
+def _diversion(place: ModuleType, name: str) -> Diversion:
+    return Diversion(place, name)
+
+
 def diversion(module: str, name: str) -> Diversion:
-    return Diversion(module, name)
+    """Of the module that has this name now: a pack may be imported anew."""
+    return _diversion(sys.modules.get(module) or importlib.import_module(module), name)

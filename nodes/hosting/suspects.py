@@ -49,10 +49,12 @@ def advice(pack: str) -> str:
     return next((way for name, way in WAYS_OUT.items() if name in words), "")
 
 
-def suspects(model, model_options: Mapping[str, Any]) -> list[str]:
-    """Packs that took hold of a MODEL: by its wrappers, object patches, hooks in places, and its network's class."""
+def suspects(model, guider) -> list[str]:
+    """Packs that took hold of a MODEL: by its wrappers, object patches, hooks in places, its network's class, or as the
+    guider that samples it (comfy/samplers.py, CFGGuider; before a run the MODEL itself)."""
+    model_options = guider.model_options
     options = model_options.get("transformer_options", {})
-    things = list(_wrappers(options.get("wrappers", {})))
+    things = [guider, *_wrappers(options.get("wrappers", {}))]
     things += [patch for key, patch in model.object_patches.items() if key.startswith("diffusion_model")]
     things += [model_options[key] for key in SINGLE_PLACES if model_options.get(key) is not None]
     for slot in options.get("patches_replace", {}).values():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .models.families import UNET
 from .models.target import Target
 from .receipt import Applied, Receipt, show_on_node
 from .roads import by_shape, compiled, transformer, unet
-from .running import KEY, ModelCall, hooked, running
+from .running import KEY, ModelCall, hooked, kept, running
 from .settings import Settings
 from .suspects import suspects
 
@@ -58,7 +59,7 @@ def refuse_a_dropped_promise(model) -> None:
         RuntimeError: it did.
     """
     if not any(model.get_wrappers(kind, KEY) for kind in KINDS):
-        packs = suspects(model, model.model_options)
+        packs = suspects(model, model)
         raise RuntimeError(
             "PLADIS: another node took Apply PLADIS off this model" + (f" ({', '.join(packs)})" if packs else "")
             + ". Place Apply PLADIS behind it, next to the sampler, or remove it."
@@ -96,8 +97,7 @@ class OuterSample:
 
     def __call__(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *rest, **more):
         guider, applied = executor.class_obj, self.apply_model.applied
-        packs = suspects(guider.model_patcher, guider.model_options)
-        receipt = Receipt(applied, self.apply_model.target, packs)
+        receipt = Receipt(applied, self.apply_model.target, partial(suspects, guider.model_patcher, guider))
 
         def step_is_done(*values):
             receipt.end_step()
@@ -210,8 +210,9 @@ def _on_its_road(call: ModelCall | None, target: Target, context: Context, optio
     road = by_shape if target.family is None else unet if is_unet else transformer
     road.prepare(call, options)
     with contextlib.ExitStack() as stack:
-        # a gradient recomputes modules when the call is over
-        keep = context.stack if torch.is_grad_enabled() and context.stack is not None else stack
-        keep.enter_context(hooked(target))
+        # a gradient may compute modules again when the call is over
+        until = context.stack if torch.is_grad_enabled() and context.stack is not None else stack
+        until.enter_context(hooked(target))
+        until.enter_context(kept(call))
         stack.enter_context(running(call))
         return run(executor, call.options)

@@ -34,7 +34,9 @@ def test_the_maps_are_the_weights_of_the_layer():
     latent = {"samples": torch.randn(1, 4, 8, 8)}
     words = [Word("one", [1]), Word("two", [3, 4])]
     settings = Settings(frozenset(find_target(model).layers), 3.0, 1.5)
-    seen = watch_attention(model, tiny.POSITIVE, latent, 0.3, 0, settings, words, frozenset([layer]))
+    seen = watch_attention(
+        model, tiny.POSITIVE, latent, 0.3, 0, settings, find_target(model), words, frozenset([layer])
+    )
 
     attention = model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn2
     inputs = {}
@@ -42,7 +44,9 @@ def test_the_maps_are_the_weights_of_the_layer():
         module.register_forward_hook(lambda module, args, out, name=name: inputs.update({name: out}))
         for name, module in (("q", attention.to_q), ("k", attention.to_k))
     ]
-    watch_attention(model, tiny.POSITIVE, latent, 0.3, 0, settings, words, frozenset([layer]))
+    watch_attention(
+        model, tiny.POSITIVE, latent, 0.3, 0, settings, find_target(model), words, frozenset([layer])
+    )
     for handle in handles:
         handle.remove()
     q, k = (inputs[name].unflatten(-1, (attention.heads, -1)).transpose(1, 2) for name in "qk")

@@ -80,9 +80,9 @@ def check_one_prompt(patch, model, sample) -> None:
     assert relative(before[1], none[1]) < SAME
 
 
-def override_by_hand(family, model=None):
+def override_by_hand(family):
     """PLADIS written into an attention function: function(original, q, k, v, heads, ...)."""
-    model = written_into_a_transformer(model or families.patcher(family), family)
+    model = written_into_a_transformer(families.patcher(family), family)
     return model.model_options["transformer_options"]["optimized_attention_override"]
 
 
@@ -219,6 +219,8 @@ def test_the_unet_of_res4lyf(res4lyf):
     assert relative(expected, alone) > CHANGED
     ours = first_and_again(patch, lambda: tiny.patcher(**SMALL), tiny.sample, alone)
     assert relative(ours, expected) < SAME
+    with pytest.raises(RuntimeError, match="Set apply_to to both"):
+        tiny.sample(apply(patch(tiny.patcher(**SMALL)), apply_to="positive"))
 
 
 # node: (family, module and name of the function that computes its text attention, number of its keys)
@@ -232,7 +234,7 @@ RES4LYF = {
 
 @pytest.mark.parametrize("name", RES4LYF)
 def test_the_transformers_of_res4lyf(res4lyf, monkeypatch, name):
-    """They run one prompt at a time, within one model call."""
+    """They run one prompt at a time within one model call, which leaves unsaid whose the row is."""
     family, module, function, keys = RES4LYF[name]
     family = families.BY_NAME[family]
     patch = res4lyf(name)
@@ -260,14 +262,8 @@ def test_the_transformers_of_res4lyf(res4lyf, monkeypatch, name):
     model = families.patcher(family)
     for order in (lambda: patch(apply(model)), lambda: apply(patch(model))) * 2:
         assert torch.equal(sample(order()), ours)
-
-
-def test_one_prompt_is_refused_where_res4lyf_runs_them_apart(res4lyf):
     with pytest.raises(RuntimeError, match="Set apply_to to both"):
-        tiny.sample(res4lyf("ReSDPatcher")(apply(tiny.patcher(**SMALL), apply_to="positive")))
-    family = families.BY_NAME["Wan 2.1 T2V"]
-    with pytest.raises(RuntimeError, match="Set apply_to to both"):
-        families.sample(apply(res4lyf("ReWanPatcher")(families.patcher(family)), apply_to="positive"), family)
+        sample(apply(patch(model), apply_to="positive"))
 
 
 # WaveSpeed: while the network runs, its list of blocks is one module that holds them all
@@ -345,21 +341,23 @@ def reference_control(module):
     )  # fmt: skip
 
 
-def test_reference_attention_of_advanced_controlnet(peer, small, by_hand, rows):
+def test_reference_attention_of_advanced_controlnet(peer, rows):
     """On the prompt: the node's order on the model has nothing to do with it."""
+    # it counts on the layout of the real one
+    plain, by_hand = tiny.patcher(), tiny.write_pladis_into(tiny.patcher())
     module = peer("ComfyUI-Advanced-ControlNet", "adv_control.nodes_reference")
 
     def sample(model):
         return rows.of(lambda: tiny.sample(model, reference_control(module)))
 
-    alone, evaluations = sample(small)
-    ours, counted = sample(apply(small))
+    alone, evaluations = sample(plain)
+    ours, counted = sample(apply(plain))
     assert counted == evaluations and counted
-    assert relative(alone, tiny.sample(small)) > CHANGED
+    assert relative(alone, tiny.sample(plain)) > CHANGED
     assert relative(ours, sample(by_hand)[0]) < SAME
     assert relative(ours, alone) > CHANGED
-    check_one_prompt(lambda model: model, small, lambda model: tiny.sample(model, reference_control(module)))
-    capped = sample(apply(small, norm_cap=1.0))[0]
+    check_one_prompt(lambda model: model, plain, lambda model: tiny.sample(model, reference_control(module)))
+    capped = sample(apply(plain, norm_cap=1.0))[0]
     assert relative(capped, ours) > CHANGED and relative(capped, alone) > CHANGED
 
 

@@ -210,6 +210,10 @@ CASES = {
     # without a reference the host leaves them out
     "Z-Image Omni, vision alone": ("Z-Image Omni", {"extras": lambda random: {
         name: value for name, value in omni(random).items() if name == "clip_vision_outputs"}}),
+    "Z-Image Omni, more vision than references": ("Z-Image Omni", {"extras": lambda random: {
+        **omni(random), "clip_vision_outputs": 3 * omni(random)["clip_vision_outputs"]}, "no_batch": "as above"}),
+    # its host counts the tokens of all masks together
+    "Mochi": ("Mochi", {"text": lambda random, tokens: {"attention_mask": torch.ones(2, tokens, dtype=torch.long)}}),
     # two frames are one; the host fills up an odd one
     "CogVideoX 1.5": ("CogVideoX", {"layout": COGVIDEO_15, "latent": (16, 4, 8, 10)}),
     "CogVideoX 1.5 odd": ("CogVideoX", {"layout": COGVIDEO_15, "latent": (16, 3, 7, 9)}),
@@ -404,6 +408,10 @@ def test_removed_references():
     assert place(EDIT, Inserted(text=(3, 0), removed=8), 26, 34) == (slice(3, 10), slice(10, 26))
     # a part of them
     assert place(EDIT, Inserted(removed=3), 28, 31) == (slice(0, 7), slice(7, 23))
+    with pytest.raises(ValueError, match="with 23 queries, not 21 or 28"):
+        place(EDIT, Inserted(removed=3), 23, 31)
+    # another attention, over the image stream and the cache
+    assert place(EDIT, cached, 16, 24) is None
     with pytest.raises(ValueError, match="with 31 queries, not 16 or 23"):
         place(EDIT, cached, 31, 31)
     with pytest.raises(ValueError, match="image 16 [+] references 8 = 24 tokens in the image stream, but 25 were"):

@@ -40,6 +40,19 @@ SAMPLING = {
     14: ("VAEDecode", (820, 560), {}, {"samples": (13, 0), "vae": (DEMO, 2)}),
     15: ("SaveImage", (1200, 130), {"filename_prefix": "pladis"}, {"images": (14, 0)}),
 }  # fmt: skip
+# two samplers in a row, each with an Apply node of its own
+RECEIPTS = {
+    **SAMPLING,
+    BASIC: ("PLADISApply", (1200, 400), {}, {"model": (DEMO, 0)}),
+    20: (
+        "KSampler", (820, 700), {"seed": 1, "steps": 2, "cfg": 3, "sampler_name": "euler", "scheduler": "simple"},
+        {"model": (BASIC, 0), "positive": (10, 0), "negative": (11, 0), "latent_image": (12, 0)},
+    ),
+    13: (
+        "KSampler", (820, 130), {"seed": 1, "steps": 3, "cfg": 3, "sampler_name": "euler", "scheduler": "simple"},
+        {"model": (ADVANCED, 0), "positive": (10, 0), "negative": (11, 0), "latent_image": (20, 0)},
+    ),
+}  # fmt: skip
 BUILD = """async (nodes) => {
     app.graph.clear();
     const made = {};
@@ -171,6 +184,15 @@ def drag_scale(page: Page, node: int) -> None:
     page.mouse.down()
     for step in range(1, 6):
         page.mouse.move(x + 20 * step, y)
+
+
+def queue(page: Page) -> None:
+    """Runs the workflow, to its end."""
+    page.evaluate("""() => new Promise((done, failed) => {
+        app.api.addEventListener("execution_success", () => done(), { once: true });
+        app.api.addEventListener("execution_error", ({ detail }) => failed(detail.exception_message), { once: true });
+        app.queuePrompt(0);
+    })""")
 
 
 def inside(inner: dict, outer: dict) -> bool:
@@ -410,3 +432,51 @@ def test_a_queued_workflow_shows_its_picture_and_the_models_own_blocks(page):
         assert picture.evaluate("(image) => image.naturalWidth") == 64
     expect(picker(page, ADVANCED)).to_contain_text("The blocks at the last run.")
     assert picker(page, ADVANCED).locator("button.block").all_text_contents() == BLOCKS
+
+
+def test_the_nodes_say_what_the_last_run_did(page, server):
+    page.evaluate(BUILD, RECEIPTS)
+    set_value(page, ADVANCED, scale=3)
+    page.evaluate("""() => {
+        window.told = [];
+        app.api.addEventListener("progress_text", ({ detail }) => told.push(detail.text));
+    }""")
+    # a run that no browser queued: its nodes are not those of this page
+    stranger = page.evaluate("async () => (await app.graphToPrompt()).output")
+    for node in (BASIC, ADVANCED):
+        stranger[str(node)]["inputs"]["scale"] = 5
+    assert server.run(stranger)["status"]["status_str"] == "success"
+
+    def words(node: int, text: str) -> Locator:
+        """On the node, under its panels."""
+        found = page.get_by_text(text, exact=True)
+        expect(found).to_be_visible()
+        # for a node to grow, as in the other tests
+        page.wait_for_timeout(300)
+        box, above = found.bounding_box(), plot(page, node).bounding_box()
+        assert inside(box, node_box(page, node)) and inside(above, node_box(page, node)), (box, node_box(page, node))
+        assert above["y"] + above["height"] <= box["y"] + 1
+        return found
+
+    before = saved(page)
+    queue(page)
+    first = [
+        words(BASIC, "PLADIS: 7 of 7 text layers in 2 of 2 steps, lambda 2, alpha 1.5"),
+        words(ADVANCED, "PLADIS: 7 of 7 text layers in 3 of 3 steps, lambda 3, alpha 1.5"),
+    ]
+    assert len(page.evaluate("told")) == 2
+    after, prompt = saved(page), page.evaluate("async () => (await app.graphToPrompt()).output")
+    values = [{n["id"]: n["widgets_values"] for n in w["nodes"] if n["id"] in VALUES} for w in (before, after)]
+    assert values[0] == values[1] == {BASIC: VALUES[BASIC], ADVANCED: [3, *VALUES[ADVANCED][1:]]}
+    assert not any("text-preview" in json.dumps(kept) or "7 of 7" in json.dumps(kept) for kept in (after, prompt))
+    # the panels go on
+    set_value(page, BASIC, scale=3.5)
+    assert_plotted(page, BASIC, 3.5, 1.5)
+    chip(page, ADVANCED, "Block d1").click()
+    settle(page)
+    assert pressed(page, ADVANCED) == ["Block d1"]
+    queue(page)
+    words(BASIC, "PLADIS: 7 of 7 text layers in 2 of 2 steps, lambda 3.5, alpha 1.5")
+    words(ADVANCED, "PLADIS: 1 of 1 chosen text layers in 3 of 3 steps, lambda 3, alpha 1.5")
+    for old in first:
+        expect(old).to_have_count(0)

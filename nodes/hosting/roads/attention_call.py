@@ -14,6 +14,11 @@ def _as_it_is(out: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _tokens_first(out: torch.Tensor) -> torch.Tensor:
+    """(B, H, L, D) <-> (B, L, H, D)."""
+    return out.transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """q (B, H, Lq, D), k and v (B, Hkv, Lk, D[v]); mask with four dimensions, boolean or additive; scale or None.
@@ -73,7 +78,7 @@ def read_xformers(query, key, value, attn_bias=None, p=0.0, scale=None, **_) -> 
     """Those of xformers.ops.memory_efficient_attention, (B, L, H, D); a bias of blocks is told by `one_row_each`."""
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     mask = _four_dimensions(attn_bias) if isinstance(attn_bias, torch.Tensor) else None
-    return AttentionCall(q, k, v, mask, scale, give=lambda out: out.transpose(1, 2), view=lambda out: out.transpose(1, 2))
+    return AttentionCall(q, k, v, mask, scale, give=_tokens_first, view=_tokens_first)
 
 
 READERS = {"host": read_host, "torch": read_torch, "xformers": read_xformers}
@@ -88,7 +93,7 @@ def _four_dimensions(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def one_row_each(call: AttentionCall, rows: int) -> AttentionCall:
-    """A batch of `rows` prompts of one length that its caller flattened into one row, with a mask of blocks, unflattened.
+    """A batch of `rows` prompts of one length, unflattened, which its caller put into one row with a mask of blocks.
 
     Raises:
         RuntimeError: the tokens are not a multiple of the rows.

@@ -2,10 +2,10 @@
 
 The host freezes attention hooks at the first trace: it drops every guard on transformer_options
 (comfy_extras/nodes_torch_compile.py), so a compiled model goes on calling the hooks that it was traced with. So a U-Net
-with PLADIS runs code of its own, compiled with the same arguments: its trace has, in every text layer's slot, one opaque
-operator that knows only its layer, and that operator looks up what this model call wants there when it runs. The code
-without PLADIS, and every other model's, stays as it is. Transformers, and networks that a pack compiled in a way of its
-own, run without their compiled code where PLADIS is on.
+with PLADIS runs code of its own, compiled with the same arguments: its trace has, in every text layer's slot, one
+opaque operator that knows only its layer, and that operator looks up what this model call wants there when it runs. The
+code without PLADIS, and every other model's, stays as it is. Transformers, and networks that a pack compiled in a way
+of its own, run without their compiled code where PLADIS is on.
 """
 
 from __future__ import annotations

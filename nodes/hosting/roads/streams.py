@@ -1,8 +1,8 @@
 """What other nodes' patches do to the two streams of a transformer between its input and its blocks.
 
-ComfyUI's `post_input` patches (comfy/ldm/flux/model.py and others) may put tokens into the text stream, before or behind
-the prompt's (USOStyleReference), or take some off the image stream (FluxKVCache). Two patches of ours, one before and
-one after all others, see how long the streams are and where the prompt went.
+ComfyUI's `post_input` patches (comfy/ldm/flux/model.py and others) may put tokens into the text stream, before or
+behind the prompt's (USOStyleReference), or take some off the image stream (FluxKVCache). Two patches of ours, one before
+and one after all others, see how long the streams are and where the prompt went.
 """
 
 from __future__ import annotations
@@ -67,6 +67,6 @@ def _change(name: str, before: torch.Tensor, after: torch.Tensor) -> tuple[int, 
             return (start, new - old - start) if new > old else (0, new - old)
     stream = "text" if name == "txt" else "image"
     raise RuntimeError(
-        f"PLADIS: another node's patch made {new} tokens of the {old} of the {stream}, and the {old} are not among them "
-        "in one piece, so which tokens are the prompt's cannot be told. Remove that node or Apply PLADIS."
+        f"PLADIS: another node's patch made {new} tokens of the {old} of the {stream}, and the {old} are not among "
+        "them in one piece, so which tokens are the prompt's cannot be told. Remove that node or Apply PLADIS."
     )

@@ -41,7 +41,8 @@ OVERRIDE = "optimized_attention_override"
 SOFTMAX = {"cuda": ("attention_pytorch",),
            "cpu": ("attention_pytorch", "attention_sub_quad", "attention_split", "attention_basic")}  # fmt: skip
 WAY_OUT = (
-    "Another node changed the tokens of this block in a way that PLADIS cannot follow. Remove that node or Apply PLADIS."
+    "Another node changed the tokens of this block in a way that PLADIS cannot follow. Remove that node, or Apply "
+    "PLADIS."
 )
 
 
@@ -109,6 +110,10 @@ class JointRow:
             RuntimeError: it has another length.
         """
         found = handed.tokens(text_tensor) if text_tensor else None
+        image = handed.options.get("img_slice")
+        if found is None and image and not self._probe.inserted.text[0] and self._row.keys[0].name != "image":
+            # a row of both: the host says where its image begins (flux/model.py)
+            found = image[0]
         stream = [span for span in self._row.keys if span.name in self._row.text_stream]
         expected = sum(span.length for span in stream) + sum(self._probe.inserted.text)
         if found is not None and found != expected:
@@ -136,6 +141,9 @@ class TextOverride:
 
     def __call__(self, function: Attention, *args, diverted: str = "", **kwargs) -> torch.Tensor:
         """`diverted`: how a function that was diverted is called; empty for the host's own call of an override."""
+        if diverted and isinstance((kwargs.get(OPTIONS) or {}).get(OVERRIDE), TextOverride):
+            # it comes here again by its options
+            return function(*args, **kwargs)
         dense = function if self.resident is None else partial(self.resident, function)
         args = _taken(args)
         attention = READERS[diverted or "host"](*args, **kwargs)
@@ -177,19 +185,28 @@ class TextOverride:
         """Cross-attention: one fused pass, or what is there already plus the correction."""
         settings, segments = self._settings_and_segments(attention)
         options = {"lam": settings.lam, "alpha": settings.alpha, "enable_gqa": attention.grouped}
-        q, k, v = attention.q, attention.k, attention.v
-        every = slice(None)
-        self._watch(q, k, v, mask=attention.mask, scale=attention.scale)
-        everything = len(segments) == 1 and segments[0].rows == slice(0, len(q))
+        parts = [(segment.rows, *self._text_of(segment, attention)) for segment in segments]
+        everything = len(parts) == 1 and parts[0][0] == slice(0, len(attention.q))
         if alone is not None and everything and not settings.norm_cap:
-            return attention.give(pladis_attention(q, k, v, attention.mask, attention.scale, **options))
+            ((_, *text),) = parts
+            return attention.give(pladis_attention(*text, attention.scale, **options))
         out = dense().clone()
         view = attention.view(out)
-        for rows in (segment.rows for segment in segments):
-            mask = attention.part_of_mask(rows, every, every)
-            correction = pladis_correction(q[rows], k[rows], v[rows], mask, attention.scale, **options)
+        for rows, *text in parts:
+            correction = pladis_correction(*text, attention.scale, **options)
             view[rows] = _added(view[rows], correction, settings.norm_cap)
         return out
+
+    def _text_of(self, segment: Segment, attention: AttentionCall):
+        """Queries, keys, values and mask of a segment; a prompt that the host repeated counts once."""
+        tokens = self.call.batch.tokens
+        repeated = segment.length not in (None, tokens) and attention.k.shape[2] == tokens
+        columns = slice(0, segment.length) if repeated else slice(None)
+        rows = segment.rows
+        q, k, v = attention.q[rows], attention.k[rows][:, :, columns], attention.v[rows][:, :, columns]
+        mask = attention.part_of_mask(rows, slice(None), columns)
+        self._watch(q, k, v, mask=mask, scale=attention.scale)
+        return q, k, v, mask
 
     def _joint(self, attention: AttentionCall, places: Places, alone, dense) -> torch.Tensor:
         """Joint attention: image queries on text keys, on top of the dense output."""
@@ -231,26 +248,11 @@ class TextOverride:
     def _settings_and_segments(self, attention: AttentionCall):
         settings = self.call.active[self.layer]
         segments = self.call.batch.segments(attention.q.shape[0], settings.apply_to)
-        segments = [segment for segment in segments if segment.active]
-        if "row" not in self.call.notes:
-            # of whole rows, prompts of several lengths are masked by the host
-            segments = _merged(segments)
-        return settings, segments
+        return settings, [segment for segment in segments if segment.active]
 
     def _watch(self, *tensors, **known) -> None:
         if self.call.watch is not None:
             self.call.watch(self.layer, *tensors, **known, ahead=self.call.notes["ahead"])
-
-
-def _merged(segments: list[Segment]) -> list[Segment]:
-    """Neighbours in one."""
-    merged: list[Segment] = []
-    for segment in segments:
-        if merged and merged[-1].rows.stop == segment.rows.start:
-            rows = slice(merged.pop().rows.start, segment.rows.stop)
-            segment = Segment(rows, None, True)
-        merged.append(segment)
-    return merged
 
 
 def _added(dense: torch.Tensor, correction: torch.Tensor, cap: float) -> torch.Tensor:
@@ -281,7 +283,7 @@ def _diverted(call: ModelCall, handed: Handed) -> tuple[Diverted, ...]:
         places = _places_of(type(handed.module), call.target.family.diverted, _python_modules(handed.module))
         if places:
             return places
-    return () if handed.takes(OPTIONS) else _found_in(_python_modules(handed.module))
+    return () if handed.uses(OPTIONS) else _found_in(_python_modules(handed.module))
 
 
 def _python_modules(module: nn.Module) -> frozenset[str]:
