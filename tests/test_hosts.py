@@ -28,7 +28,8 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 # hardly longer than the start of a process: these share one
 TOGETHER = (
-    "compatibility", "composition", "help", "layers", "locales", "peers", "schema", "strength", "sweep", "transformers",
+    "compatibility", "composition", "help", "layers", "locales", "more_peers", "peers", "reached", "schema", "strength",
+    "sweep", "transformers",
 )  # fmt: skip
 # about our fixtures, samplers and inputs, which do not differ between hosts: for time, on the newest alone
 NEWEST_ALONE = ("family_fixtures", "distilled", "fuzz")

@@ -117,7 +117,8 @@ class Receipt:
             f"{outside} outside its range or without its prompt" if outside else "",
         ]
         chosen = "text layers" if len(layers) == len(self._target.layers) else "chosen text layers"
-        words = f"{len(ever)} of {len(layers)} {chosen} in {done} of {total} {unit}, {settings.describe()}"
+        what = f"{len(ever)} of {len(layers)} {chosen}" if self._target.family else "text attention by its shape"
+        words = f"{what} in {done} of {total} {unit}, {settings.describe()}"
         words += "".join(f"; {note}" for note in notes if note)
         incomplete = (layers - ever) | missed
         if incomplete and whole:

@@ -51,8 +51,16 @@ class ModelCall:
     watch: Callable[..., Any] | None = None
     ran: set[Layer] = field(default_factory=set)
     reached: set[Layer] = field(default_factory=set)
-    # the road's own, for the time of the call
-    notes: dict[str, Any] = field(default_factory=dict)
+    # what roads note: of a joint row where its text is, of a picture how many queries stand in front of it, what to
+    # undo when the module that runs is left, what compiled code finds in its slots
+    row: Any = None
+    ahead: int = 0
+    undo: list[Callable[[], None]] = field(default_factory=list)
+    slots: dict[str, dict] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """The call is over: tensors that it held are free at once, though hooks and options refer to each other."""
+        self.arguments, self.options = {}, {}
 
 
 def current_call() -> ModelCall | None:

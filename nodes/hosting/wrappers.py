@@ -215,4 +215,5 @@ def _on_its_road(call: ModelCall | None, target: Target, context: Context, optio
         until.enter_context(hooked(target))
         until.enter_context(kept(call))
         stack.enter_context(running(call))
+        until.callback(call.forget)
         return run(executor, call.options)

@@ -18,7 +18,6 @@ from .transformer import OVERRIDE, Attention, TextOverride
 
 def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> None:
     """The options of this call, with one override for all attention that takes the options."""
-    call.notes["ahead"] = 0
     override = ShapeOverride(call, transformer_options.get(OVERRIDE))
     call.options = {**transformer_options, OVERRIDE: override}
 

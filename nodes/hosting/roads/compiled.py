@@ -85,7 +85,7 @@ def run_unet(
     """One model call of a compiled U-Net, whose text layers do what this call wants in their slots."""
     hooks = with_hooks(options, call, list(call.active)) if call is not None else options
     slots = hooks.get("patches_replace", {})
-    wanted = ModelCall(target, {}, call.batch if call else None, {}, options, notes={"slots": slots})
+    wanted = ModelCall(target, {}, call.batch if call else None, {}, options, slots=slots)
     placed = {slot: dict(hooks_there) for slot, hooks_there in slots.items()}
     for layer in target.layers:
         placed.setdefault(layer.slot, {})[layer.key] = CompiledSlot(layer)
@@ -122,7 +122,7 @@ def replaced_attention(
     Without one, the attention that the host would have computed.
     """
     call = current_call()
-    slots = {} if call is None else call.notes.get("slots", {}).get(slot, {})
+    slots = {} if call is None else call.slots.get(slot, {})
     options = {} if call is None else call.options
     hook = slots.get((part, number, index), slots.get((part, number), dense_attention))
     plain = {key: value for key, value in options.items() if key not in ("patches", "patches_replace")}

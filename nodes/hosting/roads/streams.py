@@ -1,8 +1,8 @@
 """What other nodes' patches do to the two streams of a transformer between its input and its blocks.
 
 ComfyUI's `post_input` patches (comfy/ldm/flux/model.py and others) may put tokens into the text stream, before or
-behind the prompt's (USOStyleReference), or take some off the image stream (FluxKVCache). Two patches of ours, one before
-and one after all others, see how long the streams are and where the prompt went.
+behind the prompt's (USOStyleReference), or take some off the image stream (FluxKVCache). Two patches of ours, one
+before and one after all others, see how long the streams are and where the prompt went.
 """
 
 from __future__ import annotations

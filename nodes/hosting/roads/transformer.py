@@ -8,15 +8,12 @@ has set computes the dense part.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
-from types import FunctionType
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from comfy.ldm.modules import attention as host_attention
-from torch import nn
 
 from ....pladis_core import (
     add_capped,
@@ -28,11 +25,12 @@ from ....pladis_core import (
 )
 from ..batch import Segment
 from ..handed import OPTIONS, Handed
-from ..models.families import JOINT, Diverted
+from ..models.families import JOINT
 from ..models.layers import Layer
 from ..models.spans import Inserted, Places, Row, Span, place
-from ..running import KEY, ModelCall, TorchDiversion, diversion
+from ..running import KEY, ModelCall
 from .attention_call import READERS, AttentionCall, one_row_each
+from .direct import divert, diverted_functions
 from .streams import StreamProbe
 
 Attention = Callable[..., torch.Tensor]
@@ -55,8 +53,8 @@ def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> None:
         probe = StreamProbe()
         call.options = probe.between(call.options)
         row = family.row(call.target.network(), call.arguments)
-        call.notes["row"] = JointRow(row, probe)
-    call.notes["ahead"] = family.ahead(call.target.network(), call.arguments)
+        call.row = JointRow(row, probe)
+    call.ahead = family.ahead(call.target.network(), call.arguments)
 
 
 def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed:
@@ -64,21 +62,23 @@ def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed
     (layer,) = layers
     family = call.target.family
     if family.kind == JOINT:
-        call.notes["row"].check_streams(handed, family.text_tensor)
+        call.row.check_streams(handed, family.text_tensor)
     override = partial(TextOverride, call, layer, family.calls(handed), handed.rows if family.flat else None)
-    diverted = _diverted(call, handed)
-    if diverted:
-        call.notes["diverted"] = [_divert(place, override(None)) for place in diverted]
+    call.undo = [divert(place, override(None)) for place in diverted_functions(family.diverted, handed)]
     if not handed.takes(OPTIONS):
         return handed
     # where a pack forgot to pass them on, the call's own
     options = handed.options or call.options
-    return handed.with_options({**options, OVERRIDE: override(options.get(OVERRIDE))})
+    resident = options.get(OVERRIDE)
+    if isinstance(resident, TextOverride):
+        # of an earlier call, in options that another pack kept
+        resident = resident.resident
+    return handed.with_options({**options, OVERRIDE: override(resident)})
 
 
 def leave_module(call: ModelCall) -> None:
-    for leave in call.notes.pop("diverted", ()):
-        leave()
+    while call.undo:
+        call.undo.pop()()
 
 
 class JointRow:
@@ -175,10 +175,9 @@ class TextOverride:
 
         `alone`: the function that nobody else has a say in, so that one fused pass may replace it.
         """
-        row: JointRow | None = self.call.notes.get("row")
-        if row is None:
+        if self.call.row is None:
             return self._whole_rows(attention, alone, dense)
-        places = row.places(attention.q.shape[2], attention.k.shape[2])
+        places = self.call.row.places(attention.q.shape[2], attention.k.shape[2])
         return None if places is None else self._joint(attention, places, alone, dense)
 
     def _whole_rows(self, attention: AttentionCall, alone, dense) -> torch.Tensor:
@@ -252,7 +251,7 @@ class TextOverride:
 
     def _watch(self, *tensors, **known) -> None:
         if self.call.watch is not None:
-            self.call.watch(self.layer, *tensors, **known, ahead=self.call.notes["ahead"])
+            self.call.watch(self.layer, *tensors, **known, ahead=self.call.ahead)
 
 
 def _added(dense: torch.Tensor, correction: torch.Tensor, cap: float) -> torch.Tensor:
@@ -263,65 +262,3 @@ def _taken(args: tuple) -> tuple:
     """Newer hosts hand q, k and v over in containers, so that they can be freed early (AttentionTensorContainer)."""
     container = getattr(host_attention, "AttentionTensorContainer", ())
     return tuple(arg.take() if isinstance(arg, container) else arg for arg in args)
-
-
-def _divert(place: Diverted, override: TextOverride) -> Callable[[], None]:
-    """Diverts one function for this thread; what undoes it."""
-    override = partial(override, diverted=place.calling)
-    if place.calling == "torch":
-        mode = TorchDiversion(override)
-        mode.__enter__()
-        return partial(mode.__exit__, None, None, None)
-    diverted = diversion(place.module, place.name)
-    diverted.enter(override)
-    return diverted.leave
-
-
-def _diverted(call: ModelCall, handed: Handed) -> tuple[Diverted, ...]:
-    """The functions that carry the module's attention where it is not handed any options."""
-    if call.target.family.diverted:
-        places = _places_of(type(handed.module), call.target.family.diverted, _python_modules(handed.module))
-        if places:
-            return places
-    return () if handed.uses(OPTIONS) else _found_in(_python_modules(handed.module))
-
-
-def _python_modules(module: nn.Module) -> frozenset[str]:
-    """Where the classes of a module and of what is in it were written."""
-    return frozenset(type(m).__module__ for m in module.modules())
-
-
-@lru_cache(maxsize=256)
-def _places_of(_: type, diverted: tuple[Diverted, ...], written_in: frozenset[str]) -> tuple[Diverted, ...]:
-    """The table's places, by the modules' whole names; those that are not there are left out."""
-    return tuple(place for d in diverted for place in _resolved(d, written_in))
-
-
-def _resolved(diverted: Diverted, written_in: frozenset[str]) -> Iterator[Diverted]:
-    name = diverted.module
-    inside = next((m for m in written_in if m == name or m.endswith("." + name)), None)
-    if inside is not None:
-        yield diverted._replace(module=inside)
-    elif diverted.calling != "host" and name.split(".")[0] in sys.modules:
-        yield diverted
-
-
-@lru_cache(maxsize=256)
-def _found_in(written_in: frozenset[str]) -> tuple[Diverted, ...]:
-    """The host's attention functions by the names under which these Python modules call them.
-
-    For blocks that other packs put in the place of the host's, and that take no options. Helpers that they import
-    (RES4LYF's chroma.math) count.
-    """
-    functions = {f for name, f in vars(host_attention).items() if name.startswith(("optimized_attention", "attention_"))
-                 and isinstance(f, FunctionType)}  # fmt: skip
-    spaces = {name: sys.modules[name] for name in written_in if not name.startswith("torch.") and name in sys.modules}
-    for value in [value for space in spaces.values() for name, value in vars(space).items() if name == "attention"]:
-        if isinstance(value, FunctionType) and value.__module__ in sys.modules:
-            spaces.setdefault(value.__module__, sys.modules[value.__module__])
-    return tuple(
-        Diverted(module, name)
-        for module, space in spaces.items()
-        for name, value in vars(space).items()
-        if isinstance(value, FunctionType) and value in functions and module != host_attention.__name__
-    )

@@ -53,6 +53,9 @@ def with_hooks(transformer_options: dict[str, Any], call: ModelCall, layers: lis
         replace[slot] = residents.copy()
         for layer in (layer for layer in layers if layer.slot == slot):
             resident = residents.get(layer.key, residents.get(layer.key[:2]))
+            if isinstance(resident, PladisHook):
+                # of an earlier call, in options that another pack kept
+                resident = resident.resident
             refuse_another_pladis(resident)
             replace[slot][layer.key] = PladisHook(call.active[layer], call, layer, resident)
     if any(layer.slot == "attn1" for layer in layers):
