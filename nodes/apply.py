@@ -24,6 +24,8 @@ class PLADISApply(io.ComfyNode):
             inputs=common_inputs(),
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],
+            # the receipt goes to this node, not to another with the same inputs
+            not_idempotent=True,
         )
 
     @classmethod

@@ -98,6 +98,8 @@ class PLADISApplyAdvanced(io.ComfyNode):
             ],
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],
+            # the receipt goes to this node, not to another with the same inputs
+            not_idempotent=True,
             # what it reports for the picker in web/ comes from the host's cache too
             has_intermediate_output=True,
         )

@@ -60,5 +60,6 @@ def model_output() -> io.Output:
 
 
 def unique_id(node: type[io.ComfyNode]) -> str | None:
-    """The id of the node that runs, where a graph runs it."""
-    return getattr(node.hidden, "unique_id", None) if node.hidden is not None else None
+    """The id of the node that runs, where a person has it in a graph; not of a node that PLADIS Sweep makes."""
+    name = getattr(node.hidden, "unique_id", None)
+    return None if name is None or "." in str(name) else name

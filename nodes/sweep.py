@@ -113,9 +113,11 @@ def sample(graph: GraphBuilder, model, vae, settings: tuple[float, float] | None
     """The nodes of one cell; the links to its latent and its image."""
     if settings is not None:
         scale, alpha = settings
+        # its id is part of what the host caches it by, so a longer list must not change it
         apply = graph.node(
-            "PLADISApply", model=model, scale=scale, alpha=alpha, start_percent=0.0, end_percent=1.0
-        )
+            "PLADISApply", f"apply_{scale:g}_{alpha:g}", model=model, scale=scale, alpha=alpha, start_percent=0.0,
+            end_percent=1.0,
+        )  # fmt: skip
         model = apply.out(0)
     latent = graph.node("KSampler", model=model, **sampling).out(0)
     return latent, graph.node("VAEDecode", samples=latent, vae=vae).out(0)

@@ -38,7 +38,7 @@ class Step:
     calls: int = 0
     on: set[int] = field(default_factory=set)
     reached: set[Layer] = field(default_factory=set)
-    # these modules ran, but their attention went past PLADIS
+    # their blocks ran, but their attention went past PLADIS
     missed: set[Layer] = field(default_factory=set)
 
 
@@ -82,7 +82,7 @@ class Receipt:
             self._step = Step()
 
     def finish(self) -> list[tuple[str | None, str]]:
-        """Says it in the log. Returns for every node that was on its words."""
+        """Says it in the log. Returns every node's words, which take the place of the last run's."""
         if self._step.calls and self._steps:
             # a sampler's second evaluation of the last step
             last = self._steps[-1]
@@ -90,10 +90,13 @@ class Receipt:
                 getattr(last, name).update(getattr(self._step, name))
         said = []
         for i, applied in enumerate(self._applied):
-            if applied.settings.is_off:
-                continue
-            words, complete = self._words(i)
-            LOGGER.log(logging.INFO if complete else logging.WARNING, "PLADIS: %s", words)
+            if not applied.settings.layers:
+                words = "replaced by an Apply node behind this one"
+            elif applied.settings.is_off:
+                words = f"off, {applied.settings.describe()}"
+            else:
+                words, complete = self._words(i)
+                LOGGER.log(logging.INFO if complete else logging.WARNING, "PLADIS: %s", words)
             said.append((applied.node, words))
         return said
 
@@ -150,4 +153,4 @@ def show_on_node(node: str, words: str) -> None:
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     # without a client they would go to every browser, on whatever node has this id there
     if server is not None and server.client_id is not None:
-        server.send_progress_text(f"PLADIS: {words}", node, server.client_id)
+        server.send_progress_text(words, node, server.client_id)

@@ -116,6 +116,8 @@ def hooked(target: Target) -> Iterator[None]:
         if not count:
             for module, layers in target.modules().items():
                 handles += _hook(target, module, layers)
+            for block, layers in target.blocks_around().items():
+                handles.append(_hook_block(block, layers))
         _hooked[network] = (count + 1, handles)
     try:
         yield
@@ -153,6 +155,17 @@ def _hook(target: Target, module: nn.Module, layers: list[Layer]) -> list:
         module.register_forward_pre_hook(enter, with_kwargs=True),
         module.register_forward_hook(leave, with_kwargs=True, always_call=True),
     ]
+
+
+def _hook_block(block: nn.Module, layers: list[Layer]):
+    """A block that runs without its text module is no step that a cache answered."""
+
+    def enter(block, args):
+        call = current_call()
+        if call is not None:
+            call.ran.update(layer for layer in layers if layer in call.active)
+
+    return block.register_forward_pre_hook(enter)
 
 
 class Diversion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,13 +11,14 @@ from typing import Any
 HARMLESS = ("pladis", "torch.compile")
 # in model_options (comfy/samplers.py), each a single place that a pack takes
 SINGLE_PLACES = ("model_function_wrapper", "sampler_calc_cond_batch_function", "sampler_cfg_function")
-# part of a pack's name, in lower case: the way out that works
+# a word of a pack's name, in lower case: the way out that works
 WAYS_OUT = {
     "nunchaku": "Its attention runs inside the nunchaku library, out of reach: load the model's fp8 or GGUF files "
                 "with ComfyUI's own or the GGUF loader (nunchaku's Qwen-Image works).",
     "teacache": "Use ComfyUI's EasyCache node in its place: PLADIS works beside it.",
     "wavespeed": "Use ComfyUI's EasyCache node in its place: PLADIS works beside it.",
-    "nag": "Use ComfyUI's NAGuidance, or another NAG node that patches the MODEL, in place of its samplers.",
+    "nag": "Use ComfyUI's Normalized Attention Guidance, or another NAG node that patches the MODEL, in place of its "
+           "samplers.",
     "wanvideowrapper": "Use ComfyUI's own Wan nodes.",
     "torch.compile": "Compile with ComfyUI's TorchCompileModel node, which PLADIS works beside.",
 }  # fmt: skip
@@ -45,8 +47,10 @@ def pack_of(thing: Any) -> str:
 
 def advice(pack: str) -> str:
     """The way out for a pack that has one, else empty."""
-    words = pack.lower()
-    return next((way for name, way in WAYS_OUT.items() if name in words), "")
+    # not inside of words: "manager"
+    names = re.compile("|".join(rf"(?<![a-z]){re.escape(name)}(?![a-z])" for name in WAYS_OUT))
+    found = names.search(pack.lower())
+    return WAYS_OUT[found[0]] if found else ""
 
 
 def suspects(model, guider) -> list[str]:

@@ -40,7 +40,8 @@ def apply_settings(
     model = model.clone()
     earlier = [a for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for a in wrapper.applied]
     kept = [replace(a, settings=a.settings.without(settings.layers)) for a in earlier]
-    everything = (*(a for a in kept if a.settings.layers), Applied(settings, node))
+    # one that is replaced on all of its layers stays for its receipt
+    everything = (*(a for a in kept if a.settings.layers or a.node is not None), Applied(settings, node))
     apply_model = ApplyModel(everything, target, watch)
     for kind, wrapper in zip(
         KINDS, (OuterSample(apply_model), CalcCondBatch(apply_model), apply_model), strict=True
@@ -186,7 +187,7 @@ class ApplyModel:
 
     def _now(self, t: torch.Tensor, model_sampling) -> dict[int, Settings]:
         """The settings at this noise level, by the place of their Apply node."""
-        candidates = {i: a.settings for i, a in enumerate(self.applied)}
+        candidates = {i: a.settings for i, a in enumerate(self.applied) if a.settings.layers}
         if self.watch is None:
             candidates = {i: s for i, s in candidates.items() if not s.is_off}
         if all(s.whole_schedule for s in candidates.values()):

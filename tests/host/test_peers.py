@@ -371,7 +371,7 @@ def test_the_samplers_of_comfyui_nag_are_refused_on_a_transformer(peer, name):
         return guider.sample(noise, noise * 0.0, sampler, sigmas, disable_pbar=True, seed=1)
 
     assert sample(families.patcher(family)).isfinite().all()
-    with pytest.raises(RuntimeError, match="reached none.*NAG.*NAGuidance"):
+    with pytest.raises(RuntimeError, match="reached none.*NAG.*Normalized Attention Guidance"):
         sample(apply(families.patcher(family)))
 
 

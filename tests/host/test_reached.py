@@ -5,7 +5,10 @@ The real packs are in test_peers.py and test_more_peers.py, where checkouts are 
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
+import sys
 import threading
 from functools import partial
 from types import SimpleNamespace
@@ -23,7 +26,7 @@ import families
 import tiny
 from graph import run_node
 from pladis_pack.nodes.hosting import find_target, receipt, running, wrappers
-from pladis_pack.nodes.hosting.suspects import pack_of
+from pladis_pack.nodes.hosting.suspects import advice, pack_of
 from tiny import apply
 
 SAME, CHANGED = 1e-4, 1e-3
@@ -599,7 +602,7 @@ def test_nothing_reached_stops_the_run_in_its_first_step(wan, order):
 def test_off_has_no_receipt(unet, said, caplog):
     with caplog.at_level(logging.INFO):
         tiny.sample(with_id(unet, scale=0.0))
-    assert said == []
+    assert said == [("7", "off, lambda 0, alpha 1.5")]
     assert not [record for record in caplog.records if record.getMessage().startswith("PLADIS")]
 
 
@@ -608,6 +611,9 @@ def test_two_nodes_have_a_receipt_each(unet, said):
     tiny.sample(model, steps=2)
     assert [words.split(",")[0] for _, words in said] == ["4 of 4 text layers in 2 of 2 steps"]
     said.clear()
+    tiny.sample(apply(with_id(unet), scale=1.0), steps=2)
+    assert said[0] == ("7", "replaced by an Apply node behind this one")
+    said.clear()
     tiny.sample(apply(with_id(unet), layers="custom", blocks="m0", scale=1.0), steps=2)
     assert [words.split(",")[0] for _, words in said] == ["3 of 3 chosen text layers in 2 of 2 steps"]
 
@@ -615,10 +621,11 @@ def test_two_nodes_have_a_receipt_each(unet, said):
 def test_the_way_out_is_named():
     for pack, way in (
         ("ComfyUI-TeaCache", "EasyCache"), ("Comfy-WaveSpeed", "EasyCache"), ("ComfyUI-nunchaku", "fp8 or GGUF"),
-        ("ComfyUI-WanVideoWrapper", "own Wan nodes"), ("ComfyUI-NAG", "NAGuidance"),
+        ("ComfyUI-WanVideoWrapper", "own Wan nodes"), ("ComfyUI-NAG", "Normalized Attention Guidance"),
     ):  # fmt: skip
         function = type("Thing", (), {"__module__": f"/somewhere/custom_nodes/{pack}.nodes"})()
         name = pack_of(function)
+        assert not advice("a manager of packs")
         words = receipt.Receipt((), None, partial(list, (name,)))._blame()
         assert name == pack and pack in words and way in words
 
@@ -790,7 +797,7 @@ def test_a_gradient_through_a_run_needs_no_package(name, depth, unet, monkeypatc
     """As TrainLoraNode computes it, with and without gradient checkpoints, whose recomputation comes after the call."""
     import comfy_extras.nodes_train as train
 
-    monkeypatch.setitem(__import__("sys").modules, "entmax", None)
+    monkeypatch.setitem(sys.modules, "entmax", None)
     family = None if name == "unet" else families.BY_NAME[name]
     model = unet if family is None else families.patcher(family)
     network = model.model.diffusion_model
@@ -834,6 +841,40 @@ def test_a_gradient_through_a_run_needs_no_package(name, depth, unet, monkeypatc
     if depth:
         assert relative(gradient(apply(model), depth), ours) < 1e-3
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+@pytest.mark.parametrize("depth", (1, 3))
+def test_the_hosts_training_node(monkeypatch, said, depth):
+    """TrainLoraNode behind the node, on a deep copy of the model, with the package gone that users do not have."""
+    monkeypatch.setitem(sys.modules, "entmax", None)
+
+    def small(**_):
+        return tiny.patcher(**SMALL, dtype=torch.float32)
+
+    def loss(patch) -> list[float]:
+        model = small()
+        model.cached_patcher_init = (small, ())
+        latents = {"samples": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))}
+        options = {
+            "batch_size": 1, "steps": 3, "grad_accumulation_steps": 1, "learning_rate": 1e-3, "rank": 2,
+            "optimizer": "AdamW", "loss_function": "MSE", "seed": 7, "training_dtype": "fp32", "lora_dtype": "fp32",
+            "quantized_backward": False, "algorithm": "LoRA", "gradient_checkpointing": True, "checkpoint_depth": depth,
+            "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        _, losses, _ = train.TrainLoraNode.execute(
+            model=[patch(model)], latents=[latents], positive=[tiny.POSITIVE],
+            **{name: [value] for name, value in options.items()},
+        ).result  # fmt: skip
+        return losses["loss"]
+
+    train = pytest.importorskip("comfy_extras.nodes_train")
+    if "bypass_mode" not in inspect.signature(train.TrainLoraNode.execute).parameters:
+        pytest.skip("this ComfyUI trains with other inputs")
+    plain, ours = loss(lambda model: model), loss(with_id)
+    assert len(ours) == 3 and all(math.isfinite(value) for value in ours)
+    assert abs(ours[0] - plain[0]) > 1e-4 * abs(plain[0])
+    assert said[-1][1].startswith("4 of 4 text layers in 3 of 3")
 
 
 def test_a_copy_of_the_model_gets_pladis_too(unet):

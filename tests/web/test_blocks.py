@@ -1,4 +1,4 @@
-"""Block lists mean in the browser what nodes/hosting/layers.py says that they mean."""
+"""Block lists mean in the browser what nodes/hosting/models/layers.py says that they mean."""
 
 from __future__ import annotations
 

@@ -461,8 +461,8 @@ def test_the_nodes_say_what_the_last_run_did(page, server):
     before = saved(page)
     queue(page)
     first = [
-        words(BASIC, "PLADIS: 7 of 7 text layers in 2 of 2 steps, lambda 2, alpha 1.5"),
-        words(ADVANCED, "PLADIS: 7 of 7 text layers in 3 of 3 steps, lambda 3, alpha 1.5"),
+        words(BASIC, "7 of 7 text layers in 2 of 2 steps, lambda 2, alpha 1.5"),
+        words(ADVANCED, "7 of 7 text layers in 3 of 3 steps, lambda 3, alpha 1.5"),
     ]
     assert len(page.evaluate("told")) == 2
     after, prompt = saved(page), page.evaluate("async () => (await app.graphToPrompt()).output")
@@ -476,7 +476,7 @@ def test_the_nodes_say_what_the_last_run_did(page, server):
     settle(page)
     assert pressed(page, ADVANCED) == ["Block d1"]
     queue(page)
-    words(BASIC, "PLADIS: 7 of 7 text layers in 2 of 2 steps, lambda 3.5, alpha 1.5")
-    words(ADVANCED, "PLADIS: 1 of 1 chosen text layers in 3 of 3 steps, lambda 3, alpha 1.5")
+    words(BASIC, "7 of 7 text layers in 2 of 2 steps, lambda 3.5, alpha 1.5")
+    words(ADVANCED, "1 of 1 chosen text layers in 3 of 3 steps, lambda 3, alpha 1.5")
     for old in first:
         expect(old).to_have_count(0)

@@ -38,17 +38,26 @@ class Layer(NamedTuple):
 # all that is known of a network that is not in the table
 BY_SHAPE = Layer("by shape", "block", 0, 0)
 
-def family_layers(network: nn.Module, family: Family) -> Iterable[tuple[Layer, nn.Module]]:
-    """Every text attention of a network and the module that makes it, in the order in which the network runs them."""
+class Found(NamedTuple):
+    """A text attention, the module that makes it, and the block that it is in (the same, or one around it)."""
+
+    layer: Layer
+    module: nn.Module
+    block: nn.Module
+
+
+def family_layers(network: nn.Module, family: Family) -> Iterable[Found]:
+    """Every text attention of a network, in the order in which the network runs them."""
     return _unet_layers(network) if family.kind == UNET else _module_layers(network, family)
 
 
-def _module_layers(network: nn.Module, family: Family) -> Iterable[tuple[Layer, nn.Module]]:
+def _module_layers(network: nn.Module, family: Family) -> Iterable[Found]:
     """The modules that the family names; those under one numbered module are one block."""
     patterns = [re.compile(re.escape(m).replace(r"\*", r"(\d+)")) for m in family.modules]
+    modules = dict(_named_modules(network))
     found = [
         (order, path[: match.end(match.lastindex)], path, module)
-        for path, module in _named_modules(network)
+        for path, module in modules.items()
         for order, pattern in enumerate(patterns)
         if (match := pattern.fullmatch(path))
     ]
@@ -59,7 +68,8 @@ def _module_layers(network: nn.Module, family: Family) -> Iterable[tuple[Layer, 
     depths: dict[str, int] = {}
     for _, block, path, module in found:
         depth = depths[block] = depths.get(block, -1) + 1
-        yield Layer("module", "block", numbers.setdefault(block, len(numbers)), depth, path), module
+        layer = Layer("module", "block", numbers.setdefault(block, len(numbers)), depth, path)
+        yield Found(layer, module, modules[block])
 
 
 def _named_modules(network: nn.Module) -> Iterable[tuple[str, nn.Module]]:
@@ -69,7 +79,7 @@ def _named_modules(network: nn.Module) -> Iterable[tuple[str, nn.Module]]:
             yield path.replace("._orig_mod", ""), module
 
 
-def _unet_layers(network: nn.Module) -> Iterable[tuple[Layer, nn.Module]]:
+def _unet_layers(network: nn.Module) -> Iterable[Found]:
     parts = (
         ("input", network.input_blocks),
         ("middle", [network.middle_block] if network.middle_block is not None else []),
@@ -81,9 +91,9 @@ def _unet_layers(network: nn.Module) -> Iterable[tuple[Layer, nn.Module]]:
                 # SpatialTransformer, whatever class other packs make of it
                 for index, layer in enumerate(getattr(transformer, "transformer_blocks", ())):
                     if layer.disable_self_attn:
-                        yield Layer("attn1", part, number, index), layer
+                        yield Found(Layer("attn1", part, number, index), layer, layer)
                     if layer.attn2 is not None:
-                        yield Layer("attn2", part, number, index), layer
+                        yield Found(Layer("attn2", part, number, index), layer, layer)
 
 
 def choose_layers(choice: str, blocks: str, layers: tuple[Layer, ...]) -> frozenset[Layer]:

@@ -26,13 +26,15 @@ _targets: WeakKeyDictionary[nn.Module, Target] = WeakKeyDictionary()
 class Target:
     """A network, its row of the table (None: not in it, text attention is told by shape), and its text attention.
 
-    `found` has for every layer the module that makes it: a U-Net's transformer block, a transformer's block or
-    attention. Weak references: a node's output must not keep a network that the host replaced.
+    `found` has for every layer the module that makes it (a U-Net's transformer block, a transformer's block or
+    attention), `blocks` the block that it is in. Weak references: a node's output must not keep a network that the host
+    replaced.
     """
 
     family: Family | None
     network: ReferenceType[nn.Module]
     found: Mapping[Layer, ReferenceType[nn.Module]] = field(default_factory=dict)
+    blocks: Mapping[Layer, ReferenceType[nn.Module]] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -40,13 +42,13 @@ class Target:
         return tuple(self.found) if self.family is not None else (BY_SHAPE,)
 
     def modules(self) -> dict[nn.Module, list[Layer]]:
-        """The modules that are still there; a block of the X4 upscaler makes two layers."""
-        modules: dict[nn.Module, list[Layer]] = {}
-        for layer, reference in self.found.items():
-            module = reference()
-            if module is not None:
-                modules.setdefault(module, []).append(layer)
-        return modules
+        """The text modules that are still there; a block of the X4 upscaler makes two layers."""
+        return _by_module(self.found)
+
+    def blocks_around(self) -> dict[nn.Module, list[Layer]]:
+        """The blocks that are not text modules themselves."""
+        modules = self.modules()
+        return {block: layers for block, layers in _by_module(self.blocks).items() if block not in modules}
 
     def on(self, base) -> Target:
         """The target for the network that a BaseModel runs now: this one, or a copy's."""
@@ -59,6 +61,15 @@ class Target:
             known = self if inside is not None and inside in set(network.modules()) else _resolve(base, network, self)
             _targets[network] = known
         return known
+
+
+def _by_module(found: Mapping[Layer, ReferenceType[nn.Module]]) -> dict[nn.Module, list[Layer]]:
+    modules: dict[nn.Module, list[Layer]] = {}
+    for layer, reference in found.items():
+        module = reference()
+        if module is not None:
+            modules.setdefault(module, []).append(layer)
+    return modules
 
 
 def find_target(model, force_unknown: bool = False) -> Target:
@@ -92,13 +103,14 @@ def _resolve(base, outer: nn.Module, like: Target | None, force_unknown: bool = 
             f"{type(base).__name__} has no text attention that PLADIS changes. {family.reason}. Remove the Apply "
             "PLADIS node from this workflow."
         )
-    found = {layer: ref(module) for layer, module in family_layers(network, family)}
-    if not found:
+    every = list(family_layers(network, family))
+    if not every:
         raise ValueError(
             f"{type(base).__name__} has no text cross-attention layer: PLADIS would change nothing. "
             "Remove the Apply PLADIS node from this workflow."
         )
-    return Target(family, ref(network), MappingProxyType(found))
+    found = MappingProxyType({layer: ref(module) for layer, module, _ in every})
+    return Target(family, ref(network), found, MappingProxyType({layer: ref(block) for layer, _, block in every}))
 
 
 def inner_network(outer: nn.Module) -> nn.Module:

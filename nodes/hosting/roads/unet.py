@@ -140,7 +140,7 @@ class PladisHook:
             raise RuntimeError(
                 f"PLADIS: the latents have {q.shape[0]} rows here and the text has {k.shape[0]}: another node appended "
                 "prompts to the text inside the model (ComfyUI-NAG's samplers do), and no attention replacement can "
-                "run together with that. Use ComfyUI's NAGuidance, which patches the MODEL, or remove Apply PLADIS."
+                "run together with that. Use ComfyUI's Normalized Attention Guidance, or remove Apply PLADIS."
             )
         batch = self.call.batch
         segments = batch.segments(q.shape[0], self.settings.apply_to, extra_options)
