@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import comfy.ldm.pixart.blocks
 import comfy.ldm.wan.model
+import comfy.sample
 import comfy.samplers
 import pytest
 import torch
@@ -597,6 +598,22 @@ def test_nothing_reached_stops_the_run_in_its_first_step(wan, order):
     with pytest.raises(RuntimeError, match="none of its 2 text layers \\(b0.0, b1.0\\).*Likely test_reached.*Remove"):
         families.sample(both_orders(wan, patch)[order], WAN, steps=4, cfg=1.0)
     assert len(calls) == 2
+
+
+def test_a_sampler_that_reuses_keys_is_no_cache(said, caplog):
+    """Wan CausalAR's own runs every block in every step, in most of them past its text attention."""
+    family = families.BY_NAME["Wan CausalAR"]
+    model = with_id(families.patcher(family))
+    noise = families.noise(family)
+    with torch.inference_mode():
+        comfy.sample.sample_custom(
+            model, noise, 1.0, comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 1}),
+            torch.tensor([1.0, 0.8, 0.5, 0.0]), families.prompt(family, 11), families.prompt(family, 12), noise * 0.0,
+            disable_pbar=True, seed=5,
+        )  # fmt: skip
+    ((_, words),) = said
+    assert "cache" not in words and "Not reached: b0.0, b1.0" in words
+    assert [r.levelno for r in caplog.records if words in r.getMessage()] == [logging.WARNING]
 
 
 def test_off_has_no_receipt(unet, said, caplog):
