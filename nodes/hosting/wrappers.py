@@ -10,10 +10,12 @@ Each hands on to the next in one entry of transformer_options, and puts the next
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -48,8 +50,9 @@ def apply_settings(
     ):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
-    model.remove_callbacks_with_key(CallbacksMP.ON_PRE_RUN, KEY)
-    model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, refuse_a_dropped_promise)
+    for kind, callback in ((CallbacksMP.ON_PRE_RUN, refuse_a_dropped_promise), (CallbacksMP.ON_CLEANUP, end_of_run)):
+        model.remove_callbacks_with_key(kind, KEY)
+        model.add_callback_with_key(kind, KEY, callback)
     return model
 
 
@@ -65,6 +68,23 @@ def refuse_a_dropped_promise(model) -> None:
             "PLADIS: another node took Apply PLADIS off this model" + (f" ({', '.join(packs)})" if packs else "")
             + ". Place Apply PLADIS behind it, next to the sampler, or remove it."
         )  # fmt: skip
+
+
+# receipts of runs whose OUTER_SAMPLE wrapper another pack dropped, by the MODEL that runs
+_open: WeakKeyDictionary[Any, Receipt] = WeakKeyDictionary()
+
+
+def end_of_run(model) -> None:
+    """ON_CLEANUP callback: says a receipt that no OUTER_SAMPLE wrapper will say; not of a run that failed."""
+    receipt = _open.pop(model, None)
+    if receipt is not None and sys.exc_info()[0] is None:
+        _say(receipt)
+
+
+def _say(receipt: Receipt) -> None:
+    for node, words in receipt.finish():
+        if node is not None:
+            show_on_node(node, words)
 
 
 @dataclass(frozen=True)
@@ -109,9 +129,7 @@ class OuterSample:
             options[KEY] = Context(guider, receipt, stack)
             _put_back(options, CalcCondBatch(self.apply_model), self.apply_model)
             out = executor(noise, latent_image, sampler, sigmas, denoise_mask, step_is_done, *rest, **more)
-        for node, words in receipt.finish():
-            if node is not None:
-                show_on_node(node, words)
+        _say(receipt)
         return out
 
 
@@ -124,13 +142,22 @@ class CalcCondBatch:
     def __call__(self, executor, model, conds, x_in, timestep, model_options: dict[str, Any]):
         compiled.warn_of_frozen_settings(model_options)
         options = dict(model_options.get("transformer_options", {}))
-        context = options.get(KEY) or Context()
+        context = options.get(KEY) or Context(receipt=self._receipt(model.current_patcher))
         options[KEY] = replace(
             context, known=read_conditioning(conds, context.named()),
             compile_arguments=model_options.get(compiled.COMPILE_ARGUMENTS) or {},
         )  # fmt: skip
         _put_back(options, CalcCondBatch(self.apply_model), self.apply_model)
         return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
+
+
+    def _receipt(self, patcher) -> Receipt | None:
+        """One that counts model calls: without an OUTER_SAMPLE wrapper nobody tells the sampler's steps."""
+        if patcher is not None and patcher not in _open:
+            _open[patcher] = Receipt(
+                self.apply_model.applied, self.apply_model.target, partial(suspects, patcher, patcher)
+            )
+        return _open.get(patcher)
 
 
 def _put_back(options: dict[str, Any], calc_cond_batch: CalcCondBatch, apply_model: ApplyModel) -> None:

@@ -174,9 +174,23 @@ def drop_wrappers(*kinds):
     (WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH),
 ))  # fmt: skip
 @pytest.mark.parametrize("order", ("node first", "pack first"))
-def test_wrappers_that_another_pack_drops(unet, kinds, order):
+def test_wrappers_that_another_pack_drops(unet, kinds, order, said):
     expected = tiny.sample(apply(unet))
-    assert relative(tiny.sample(both_orders(unet, drop_wrappers(*kinds))[order]), expected) < SAME
+    for times in (1, 2):
+        said.clear()
+        assert relative(tiny.sample(both_orders(unet, drop_wrappers(*kinds))[order]), expected) < SAME
+        # the steps are the sampler's only where the outermost wrapper is there
+        drop = drop_wrappers(*kinds)
+        tiny.sample(drop(with_id(unet)) if order == "node first" else with_id(drop(unet)))
+        ((_, words),) = said
+        counted = order == "node first" and WrappersMP.OUTER_SAMPLE in kinds
+        assert words.startswith("4 of 4 text layers in 2 of 2 " + ("model calls" if counted else "steps")), times
+
+
+def test_nothing_reached_is_an_error_without_the_outermost_wrapper_too(wan):
+    patched = drop_wrappers(WrappersMP.APPLY_MODEL, WrappersMP.OUTER_SAMPLE)(apply(attend_past_everything(wan)))
+    with pytest.raises(RuntimeError, match="none of its 2 text layers"):
+        families.sample(patched, WAN, steps=4, cfg=1.0)
 
 
 def test_all_wrappers_dropped_stops_the_run(unet):
@@ -579,22 +593,24 @@ def test_layers_that_are_not_reached_are_a_warning_in_every_run(wan, said, caplo
         assert [r.levelno for r in caplog.records if words in r.getMessage()] == [logging.WARNING]
 
 
+def attend_past_everything(model, calls=None):
+    """Every block attends in a way of its own, on which nothing of the host's has a hold."""
+    model, calls = model.clone(), [] if calls is None else calls
+    for i in range(2):
+        forward = TorchAttention(model.model.diffusion_model.blocks[i].cross_attn).forward
+        model.add_object_patch(
+            f"diffusion_model.blocks.{i}.cross_attn.forward",
+            lambda x, context, context_img_len=None, transformer_options=None, _forward=forward: (
+                calls.append(1) or _forward(x, context)
+            ),
+        )
+    return model
+
+
 @pytest.mark.parametrize("order", ("node first", "pack first"))
 def test_nothing_reached_stops_the_run_in_its_first_step(wan, order):
     calls = []
-
-    def patch(model):
-        model = model.clone()
-        for i in range(2):
-            forward = TorchAttention(model.model.diffusion_model.blocks[i].cross_attn).forward
-            model.add_object_patch(
-                f"diffusion_model.blocks.{i}.cross_attn.forward",
-                lambda x, context, context_img_len=None, transformer_options=None, _f=forward: (
-                    calls.append(1) or _f(x, context)
-                ),
-            )
-        return model
-
+    patch = partial(attend_past_everything, calls=calls)
     with pytest.raises(RuntimeError, match="none of its 2 text layers \\(b0.0, b1.0\\).*Likely test_reached.*Remove"):
         families.sample(both_orders(wan, patch)[order], WAN, steps=4, cfg=1.0)
     assert len(calls) == 2
