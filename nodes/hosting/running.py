@@ -47,7 +47,6 @@ class ModelCall:
     arguments: dict[str, Any]
     options: dict[str, Any]
     enter: Callable[[ModelCall, list[Layer], Handed], Handed] | None = None
-    leave: Callable[[ModelCall], None] | None = None
     watch: Callable[..., Any] | None = None
     ran: set[Layer] = field(default_factory=set)
     reached: set[Layer] = field(default_factory=set)
@@ -57,6 +56,11 @@ class ModelCall:
     ahead: int = 0
     undo: list[Callable[[], None]] = field(default_factory=list)
     slots: dict[str, dict] = field(default_factory=dict)
+
+    def leave(self) -> None:
+        """The module that ran is done: what was diverted for it is back."""
+        while self.undo:
+            self.undo.pop()()
 
     def forget(self) -> None:
         """The call is over: tensors that it held are free at once, though hooks and options refer to each other."""
@@ -148,8 +152,8 @@ def _hook(target: Target, module: nn.Module, layers: list[Layer]) -> list:
 
     def leave(module, args, kwargs, output):
         call, mine = whose(Handed(module, args, kwargs))
-        if mine and call.leave is not None:
-            call.leave(call)
+        if mine:
+            call.leave()
 
     return [
         module.register_forward_pre_hook(enter, with_kwargs=True),

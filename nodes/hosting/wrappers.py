@@ -120,9 +120,9 @@ class OuterSample:
         guider, applied = executor.class_obj, self.apply_model.applied
         receipt = Receipt(applied, self.apply_model.target, partial(suspects, guider.model_patcher, guider))
 
-        def step_is_done(*values):
+        def step_is_done(*values, **named):
             receipt.end_step()
-            return callback(*values) if callback is not None else None
+            return callback(*values, **named) if callback is not None else None
 
         with contextlib.ExitStack() as stack:
             options = guider.model_options.setdefault("transformer_options", {})
@@ -243,5 +243,7 @@ def _on_its_road(call: ModelCall | None, target: Target, context: Context, optio
         until.enter_context(hooked(target))
         until.enter_context(kept(call))
         stack.enter_context(running(call))
+        # another pack may have taken away the hook that a module is left with
+        stack.callback(call.leave)
         until.callback(call.forget)
         return run(executor, call.options)

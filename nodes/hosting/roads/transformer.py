@@ -45,10 +45,10 @@ WAY_OUT = (
 
 
 def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> None:
-    """The options of this call, and what its text modules do when they are entered and left."""
+    """The options of this call, and what its text modules do when they are entered."""
     family = call.target.family
     call.options = {**transformer_options, KEY: call}
-    call.enter, call.leave = enter_module, leave_module
+    call.enter = enter_module
     if family.kind == JOINT:
         probe = StreamProbe()
         call.options = probe.between(call.options)
@@ -74,11 +74,6 @@ def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed
         # of an earlier call, in options that another pack kept
         resident = resident.resident
     return handed.with_options({**options, OVERRIDE: override(resident)})
-
-
-def leave_module(call: ModelCall) -> None:
-    while call.undo:
-        call.undo.pop()()
 
 
 class JointRow:
