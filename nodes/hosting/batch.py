@@ -158,21 +158,26 @@ def _role(group: list[dict] | None, index: int, named: Mapping[str, list[dict] |
 
 
 def read_batch(
-    rows: int, text: torch.Tensor, options: Mapping[str, Any], known: Sequence[Known], wants_roles: bool
-) -> Batch:
+    rows: int, text: torch.Tensor, options: Mapping[str, Any], known: Sequence[Known], wants_roles: bool,
+    rearranged: bool,
+) -> Batch:  # fmt: skip
     """The batch of a model call with `rows` rows and context `text` (rows, L, C).
 
-    `wants_roles`: somebody must know whose the rows are. Where only their text tells, that costs a synchronisation.
+    `wants_roles`: somebody must know whose the rows are. `rearranged`: another pack stands between the host's batching
+    and this call, and may have changed the order too. Where only the text tells, that costs a synchronisation.
     """
     # SANA's context has a dimension more
     tokens = text.shape[-2] if text.ndim > 2 else text.shape[1]
     chunks, sigmas = _chunks(options, known), options.get("sigmas")
     if len(set(chunks)) == 1:
         return Batch(rows, tokens, chunks[:1] * rows)
+    by_text: tuple[Prompt, ...] = ()
     batched = len(chunks) * sigmas.numel() if chunks and isinstance(sigmas, torch.Tensor) else None
-    if rows == batched:
-        return Batch(rows, tokens, tuple(chunk for chunk in chunks for _ in range(rows // len(chunks))))
-    return Batch(rows, tokens, _told_by_text(rows, text, known) if wants_roles else (), batched)
+    if (rearranged or rows != batched) and (wants_roles or len({k.prompt.length for k in known}) > 1):
+        by_text = _told_by_text(rows, text, known)
+    if rows == batched and not by_text:
+        by_text = tuple(chunk for chunk in chunks for _ in range(rows // len(chunks)))
+    return Batch(rows, tokens, by_text, batched)
 
 
 def _chunks(options: Mapping[str, Any], known: Sequence[Known]) -> tuple[Prompt, ...]:

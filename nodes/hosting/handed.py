@@ -13,16 +13,28 @@ import torch
 OPTIONS = "transformer_options"
 
 
-@lru_cache(maxsize=512)
-def _positions(forward) -> dict[str, int]:
-    """Where each named parameter stands behind self."""
-    named = [name for name, p in inspect.signature(forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return {name: index for index, name in enumerate(named[1:])}
+@dataclass(frozen=True)
+class Signature:
+    """Where each named parameter of a forward stands, and whether it takes others by name."""
+
+    positions: dict[str, int]
+    takes_any: bool
 
 
 @lru_cache(maxsize=512)
-def _takes_any(forward) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+def _signature(forward, bound: bool) -> Signature:
+    parameters = list(inspect.signature(forward).parameters.values())[0 if bound else 1 :]
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return Signature({name: i for i, name in enumerate(named)}, any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+
+def _signature_of(module: torch.nn.Module) -> Signature:
+    """Of the forward that will run: a pack may have put one on the module; one that takes anything hands it on."""
+    of_class = _signature(type(module).forward, False)
+    if "forward" not in vars(module):
+        return of_class
+    of_module = _signature(vars(module)["forward"], True)
+    return of_class if of_module.takes_any and not of_module.positions else of_module
 
 
 @dataclass(frozen=True)
@@ -35,17 +47,17 @@ class Handed:
 
     def get(self, name: str) -> Any:
         """The argument, or None where it was not given."""
-        index = _positions(type(self.module).forward).get(name, len(self.args))
+        index = _signature_of(self.module).positions.get(name, len(self.args))
         return self.args[index] if index < len(self.args) else self.kwargs.get(name)
 
     def takes(self, name: str) -> bool:
         """Whether it may be given."""
-        return name in self.kwargs or name in _positions(type(self.module).forward)
+        return name in self.kwargs or name in _signature_of(self.module).positions
 
     def uses(self, name: str) -> bool:
-        """Whether the class of the module has a parameter for it."""
-        forward = type(self.module).forward
-        return name in _positions(forward) or (name in self.kwargs and _takes_any(forward))
+        """Whether the class of the module has a parameter for it, and not only what a pack put on the module."""
+        of_class = _signature(type(self.module).forward, False)
+        return name in of_class.positions or (name in self.kwargs and of_class.takes_any)
 
     def tokens(self, name: str) -> int | None:
         """The length of a (B, L, C) argument."""
@@ -64,7 +76,7 @@ class Handed:
 
     def with_options(self, options: dict[str, Any]) -> Handed:
         """The same call with these transformer_options."""
-        index = _positions(type(self.module).forward).get(OPTIONS, len(self.args))
+        index = _signature_of(self.module).positions.get(OPTIONS, len(self.args))
         if index < len(self.args):
             return replace(self, args=(*self.args[:index], options, *self.args[index + 1 :]))
         return replace(self, kwargs={**self.kwargs, OPTIONS: options})

@@ -36,23 +36,52 @@ class Step:
     """One step of the sampler: its model calls, which Apply nodes were on in them, and what became of their layers."""
 
     calls: int = 0
+    # evaluations of the network that no wrapper of ours saw
+    past: int = 0
     on: set[int] = field(default_factory=set)
     reached: set[Layer] = field(default_factory=set)
     # their blocks ran, but their attention went past PLADIS
     missed: set[Layer] = field(default_factory=set)
 
 
+# what a step can be for an Apply node, and the words for it
+KINDS = {
+    "whole": "",
+    "lost": "in which something went past it",
+    "part": "answered from a cache in part",
+    "cached": "answered from a cache",
+    "outside": "outside its range or without its prompt",
+}
+
+
+def _kind(step: Step, i: int, layers: frozenset[Layer], ever: set[Layer]) -> str:
+    """What a step was for the Apply node at place `i`; `ever` are those of its layers that were reached in the run."""
+    reached = step.reached & layers
+    # of a layer that is never reached the words tell by its name
+    if step.past or step.missed & layers & (ever or layers):
+        return "lost"
+    if reached:
+        return "whole" if ever <= reached else "part"
+    # LazyCache answers a step before any model call
+    return "cached" if i in step.on or not step.calls else "outside"
+
+
 class Receipt:
     """Of one sampling run; model calls on several devices come from several threads.
 
-    `suspects` gives the names of packs that took hold of the model, for messages.
+    `suspects` gives the names of packs that took hold of the model, for messages. `knows_steps`: somebody tells when a
+    step of the sampler is done.
     """
 
-    def __init__(self, applied: Sequence[Applied], target: Target, suspects: Callable[[], Sequence[str]]):
+    def __init__(
+        self, applied: Sequence[Applied], target: Target, suspects: Callable[[], Sequence[str]],
+        knows_steps: bool = True,
+    ):  # fmt: skip
+        self.knows_steps = knows_steps
         self._applied, self._target, self._suspects = applied, target, suspects
         self._lock = threading.Lock()
         self._steps: list[Step] = []
-        self._step = Step()
+        self._step = self._calls = Step()
         self._seen: set[Layer] = set()
 
     def add(self, call: ModelCall | None, on: Sequence[int] = ()) -> None:
@@ -75,19 +104,28 @@ class Receipt:
                 if layers and not layers & self._seen:
                     raise RuntimeError(self._nothing(layers))
 
-    def end_step(self) -> None:
-        """The sampler is done with a step. One without a model call was answered from a cache."""
+    def went_past(self) -> None:
+        """The network was evaluated without a model call of ours."""
         with self._lock:
-            self._steps.append(self._step)
+            self._step.past += 1
+
+    def end_step(self) -> None:
+        """The sampler is done with a step. One without an evaluation was answered from a cache.
+
+        Raises:
+            RuntimeError: it evaluated the network past PLADIS alone, and so did every step before.
+        """
+        with self._lock:
+            step = self._step
+            self._steps.append(step)
             self._step = Step()
+            due = {layer for a in self._applied if a.settings.is_due_at_first for layer in a.settings.layers}
+            if step.past and not step.calls and due and not self._seen:
+                raise RuntimeError(self._nothing(due))
 
     def finish(self) -> list[tuple[str | None, str]]:
         """Says it in the log. Returns every node's words, which take the place of the last run's."""
-        if self._step.calls and self._steps:
-            # a sampler's second evaluation of the last step
-            last = self._steps[-1]
-            for name in ("on", "reached", "missed"):
-                getattr(last, name).update(getattr(self._step, name))
+        self._close()
         said = []
         for i, applied in enumerate(self._applied):
             if not applied.settings.layers:
@@ -100,33 +138,42 @@ class Receipt:
             said.append((applied.node, words))
         return said
 
+    def _close(self) -> None:
+        """What came after the last step that the sampler told of."""
+        rest, self._step = self._step, Step()
+        if not (rest.calls or rest.past) or not self._steps:
+            self._calls = rest
+            return
+        first = self._steps[0]
+        if not (first.calls or first.past):
+            # a sampler that tells before it evaluates
+            self._steps = [*self._steps[1:], rest]
+            return
+        # a second evaluation of the last step
+        last = self._steps[-1]
+        last.past += rest.past
+        for name in ("on", "reached", "missed"):
+            getattr(last, name).update(getattr(rest, name))
+
     def _words(self, i: int) -> tuple[str, bool]:
         """`70 of 70 text layers in 20 of 20 steps, lambda 2, alpha 1.5`, and whether all that ought to run did."""
-        settings = self._applied[i].settings
-        steps, unit = (self._steps, "steps") if self._steps else ([self._step], "model calls")
-        total = len(steps) if self._steps else self._step.calls
-        layers = settings.layers
+        settings, layers = self._applied[i].settings, self._applied[i].settings.layers
+        steps = self._steps or [self._calls]
         ever = {layer for step in steps for layer in step.reached} & layers
-        missed = {layer for step in steps for layer in step.missed} & layers
-        whole = [step for step in steps if ever and ever <= step.reached]
-        part = [step for step in steps if step.reached & layers and not ever <= step.reached]
-        # LazyCache answers a step before any model call
-        cached = [s for s in steps if not s.reached & layers and (i in s.on or not s.calls) and not s.missed & layers]
-        outside = len(steps) - len(whole) - len(part) - len(cached)
-        done = self._step.calls if whole and not self._steps else len(whole)
-        notes = [
-            f"{len(cached)} answered from a cache" if cached else "",
-            f"{len(part)} answered from a cache in part" if part and not missed else "",
-            f"{outside} outside its range or without its prompt" if outside else "",
-        ]
+        kinds = [_kind(step, i, layers, ever) for step in steps]
+        count = {kind: kinds.count(kind) for kind in KINDS}
+        total, unit = (len(steps), "steps") if self._steps else (self._calls.calls, "model calls")
+        whole = count["whole"] if self._steps else total * count["whole"]
         chosen = "text layers" if len(layers) == len(self._target.layers) else "chosen text layers"
         what = f"{len(ever)} of {len(layers)} {chosen}" if self._target.family else "text attention by its shape"
-        words = f"{what} in {done} of {total} {unit}, {settings.describe()}"
-        words += "".join(f"; {note}" for note in notes if note)
-        incomplete = (layers - ever) | missed
-        if incomplete and whole:
-            words += f". Not reached: {self._names(incomplete)}{self._blame()}"
-        return words, not incomplete or not (whole or part)
+        words = f"{what} in {whole} of {total} {unit}, {settings.describe()}"
+        words += "".join(f"; {count[kind]} {KINDS[kind]}" for kind in KINDS if kind != "whole" and count[kind])
+        missed = {layer for step in steps for layer in step.missed} & layers
+        missing = (layers - ever) | missed if ever else set()
+        if missing:
+            words += f". Not reached: {self._names(missing)}"
+        complete = not missing and not count["lost"]
+        return words if complete else words + self._blame(), complete
 
     def _nothing(self, layers: set[Layer]) -> str:
         return (

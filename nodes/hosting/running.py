@@ -57,10 +57,22 @@ class ModelCall:
     undo: list[Callable[[], None]] = field(default_factory=list)
     slots: dict[str, dict] = field(default_factory=dict)
 
+    def lost_hooks(self) -> RuntimeError:
+        """Another pack took a hook off that a module should have been left with."""
+        self.leave()
+        return RuntimeError(
+            "PLADIS: another pack took the hooks of Apply PLADIS off this model while it ran. Remove that pack's node, "
+            "or Apply PLADIS."
+        )
+
     def leave(self) -> None:
         """The module that ran is done: what was diverted for it is back."""
         while self.undo:
             self.undo.pop()()
+
+    def __deepcopy__(self, memo) -> ModelCall:
+        # other packs copy options that it is in
+        return self
 
     def forget(self) -> None:
         """The call is over: tensors that it held are free at once, though hooks and options refer to each other."""
@@ -78,6 +90,32 @@ _kept: WeakKeyDictionary[nn.Module, ModelCall] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
+def inside() -> Iterator[None]:
+    """A model call of ours runs in this thread, whether PLADIS is on in it or not."""
+    _here.depth = getattr(_here, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _here.depth -= 1
+
+
+@contextlib.contextmanager
+def evaluations(network: nn.Module, went_past: Callable[[], None]) -> Iterator[None]:
+    """For the time of a run: `went_past` is told of evaluations of the network without a model call of ours."""
+    thread = threading.get_ident()
+
+    def look(module, args):
+        if threading.get_ident() == thread and not getattr(_here, "depth", 0):
+            went_past()
+
+    handle = network.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def kept(call: ModelCall) -> Iterator[None]:
     """A backward pass that recomputes modules of the network does so for `call`, whatever thread it runs in."""
     network = call.target.network()
@@ -88,9 +126,9 @@ def kept(call: ModelCall) -> Iterator[None]:
         _kept.pop(network, None)
 
 
-def _recomputed_call(target: Target) -> ModelCall | None:
-    in_backward = torch._C._current_graph_task_id() != -1
-    return _kept.get(target.network()) if in_backward else None
+def in_backward() -> bool:
+    """Whether this thread computes gradients, and modules perhaps again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @contextlib.contextmanager
@@ -121,7 +159,7 @@ def hooked(target: Target) -> Iterator[None]:
             for module, layers in target.modules().items():
                 handles += _hook(target, module, layers)
             for block, layers in target.blocks_around().items():
-                handles.append(_hook_block(block, layers))
+                handles.append(_hook_block(target, block, layers))
         _hooked[network] = (count + 1, handles)
     try:
         yield
@@ -136,36 +174,41 @@ def hooked(target: Target) -> Iterator[None]:
 
 
 def _hook(target: Target, module: nn.Module, layers: list[Layer]) -> list:
-    def whose(handed: Handed) -> tuple[ModelCall | None, list[Layer]]:
-        # the options say it wherever they come along: in autograd's threads, in a recomputation
-        call = handed.options.get(KEY) or current_call() or _recomputed_call(target)
-        return call, [layer for layer in layers if call is not None and layer in call.active]
-
     def enter(module, args, kwargs):
         handed = Handed(module, args, kwargs)
-        call, mine = whose(handed)
+        # in a backward pass the options say whose call it was, wherever they come along
+        call = _call_on(target, handed.options.get(KEY) if in_backward() else None)
+        mine = [layer for layer in layers if call is not None and layer in call.active]
         if not mine:
             return None
         call.ran.update(mine)
         handed = call.enter(call, mine, handed)
         return handed.args, handed.kwargs
 
-    def leave(module, args, kwargs, output):
-        call, mine = whose(Handed(module, args, kwargs))
-        if mine:
+    def leave(module, args, output):
+        call = _call_on(target, None)
+        if call is not None:
             call.leave()
 
     return [
         module.register_forward_pre_hook(enter, with_kwargs=True),
-        module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+        module.register_forward_hook(leave, always_call=True),
     ]
 
 
-def _hook_block(block: nn.Module, layers: list[Layer]):
+def _call_on(target: Target, of_options: ModelCall | None) -> ModelCall | None:
+    """The call that runs in this thread on this network; in a backward pass, the one that is computed again."""
+    call = current_call()
+    if call is None and in_backward():
+        call = of_options or _kept.get(target.network())
+    return call if call is not None and call.target.network() is target.network() else None
+
+
+def _hook_block(target: Target, block: nn.Module, layers: list[Layer]):
     """A block that runs without its text module is no step that a cache answered."""
 
     def enter(block, args):
-        call = current_call()
+        call = _call_on(target, None)
         if call is not None:
             call.ran.update(layer for layer in layers if layer in call.active)
 

@@ -73,6 +73,11 @@ class Settings:
         return lams == {0.0} or self.alpha == 1.0
 
     @property
+    def is_due_at_first(self) -> bool:
+        """Whether they do something in the first step, whatever prompts it has."""
+        return not self.is_off and self.start_percent <= 0.0 and self.apply_to == "both"
+
+    @property
     def whole_schedule(self) -> bool:
         """Whether they are the same at every noise level."""
         return self.start_percent <= 0.0 and self.end_percent >= 1.0 and self.schedule == "constant"

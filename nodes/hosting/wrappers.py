@@ -25,7 +25,7 @@ from .models.families import UNET
 from .models.target import Target
 from .receipt import Applied, Receipt, show_on_node
 from .roads import by_shape, compiled, transformer, unet
-from .running import KEY, ModelCall, hooked, kept, running
+from .running import KEY, ModelCall, evaluations, hooked, inside, kept, running
 from .settings import Settings
 from .suspects import suspects
 
@@ -41,9 +41,9 @@ def apply_settings(
     """
     model = model.clone()
     earlier = [a for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for a in wrapper.applied]
-    kept = [replace(a, settings=a.settings.without(settings.layers)) for a in earlier]
+    rest = [replace(a, settings=a.settings.without(settings.layers)) for a in earlier]
     # one that is replaced on all of its layers stays for its receipt
-    everything = (*(a for a in kept if a.settings.layers or a.node is not None), Applied(settings, node))
+    everything = (*(a for a in rest if a.settings.layers or a.node is not None), Applied(settings, node))
     apply_model = ApplyModel(everything, target, watch)
     for kind, wrapper in zip(
         KINDS, (OuterSample(apply_model), CalcCondBatch(apply_model), apply_model), strict=True
@@ -52,7 +52,8 @@ def apply_settings(
         model.add_wrapper_with_key(kind, KEY, wrapper)
     for kind, callback in ((CallbacksMP.ON_PRE_RUN, refuse_a_dropped_promise), (CallbacksMP.ON_CLEANUP, end_of_run)):
         model.remove_callbacks_with_key(kind, KEY)
-        model.add_callback_with_key(kind, KEY, callback)
+        if not all(a.settings.is_off for a in everything):
+            model.add_callback_with_key(kind, KEY, callback)
     return model
 
 
@@ -70,14 +71,17 @@ def refuse_a_dropped_promise(model) -> None:
         )  # fmt: skip
 
 
-# receipts of runs whose OUTER_SAMPLE wrapper another pack dropped, by the MODEL that runs
+# the receipts of the runs that go on, by the MODEL that runs
 _open: WeakKeyDictionary[Any, Receipt] = WeakKeyDictionary()
 
 
 def end_of_run(model) -> None:
     """ON_CLEANUP callback: says a receipt that no OUTER_SAMPLE wrapper will say; not of a run that failed."""
-    receipt = _open.pop(model, None)
-    if receipt is not None and sys.exc_info()[0] is None:
+    receipt = _open.get(model)
+    if receipt is None or receipt.knows_steps:
+        return
+    del _open[model]
+    if sys.exc_info()[0] is None:
         _say(receipt)
 
 
@@ -100,6 +104,11 @@ class Context:
     stack: contextlib.ExitStack | None = None
     known: tuple[Known, ...] | None = None
     compile_arguments: Mapping[str, Any] = field(default_factory=dict)
+    # a function of another pack stands around the model call
+    rearranged: bool = False
+
+    def __deepcopy__(self, memo) -> Context:
+        return self
 
     def conditionings(self) -> tuple[Known, ...]:
         if self.known is not None:
@@ -124,10 +133,15 @@ class OuterSample:
             receipt.end_step()
             return callback(*values, **named) if callback is not None else None
 
+        options = guider.model_options.setdefault("transformer_options", {})
+        network = guider.model_patcher.model.diffusion_model
         with contextlib.ExitStack() as stack:
-            options = guider.model_options.setdefault("transformer_options", {})
             options[KEY] = Context(guider, receipt, stack)
             _put_back(options, CalcCondBatch(self.apply_model), self.apply_model)
+            _open[guider.model_patcher] = receipt
+            stack.callback(_open.pop, guider.model_patcher, None)
+            if not compiled.compiles(options, network):
+                stack.enter_context(evaluations(network, receipt.went_past))
             out = executor(noise, latent_image, sampler, sigmas, denoise_mask, step_is_done, *rest, **more)
         _say(receipt)
         return out
@@ -142,32 +156,32 @@ class CalcCondBatch:
     def __call__(self, executor, model, conds, x_in, timestep, model_options: dict[str, Any]):
         compiled.warn_of_frozen_settings(model_options)
         options = dict(model_options.get("transformer_options", {}))
-        context = options.get(KEY) or Context(receipt=self._receipt(model.current_patcher))
+        context = options.get(KEY) or Context(receipt=self._receipt(getattr(model, "current_patcher", None)))
         options[KEY] = replace(
             context, known=read_conditioning(conds, context.named()),
             compile_arguments=model_options.get(compiled.COMPILE_ARGUMENTS) or {},
+            rearranged=model_options.get("model_function_wrapper") is not None,
         )  # fmt: skip
-        _put_back(options, CalcCondBatch(self.apply_model), self.apply_model)
+        _put_back(options, self, self.apply_model)
         return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
 
-
     def _receipt(self, patcher) -> Receipt | None:
-        """One that counts model calls: without an OUTER_SAMPLE wrapper nobody tells the sampler's steps."""
+        """The run's; where its OUTER_SAMPLE wrapper was dropped, one that counts model calls instead of steps."""
         if patcher is not None and patcher not in _open:
-            _open[patcher] = Receipt(
-                self.apply_model.applied, self.apply_model.target, partial(suspects, patcher, patcher)
-            )
+            of_whom = partial(suspects, patcher, patcher)
+            _open[patcher] = Receipt(self.apply_model.applied, self.apply_model.target, of_whom, knows_steps=False)
         return _open.get(patcher)
 
 
 def _put_back(options: dict[str, Any], calc_cond_batch: CalcCondBatch, apply_model: ApplyModel) -> None:
     """Wrappers of ours that another pack dropped, and torch.compile's behind them, so that ours can leave it out."""
     wrappers = options["wrappers"] = dict(options.get("wrappers", {}))
-    for kind, ours in ((WrappersMP.CALC_COND_BATCH, calc_cond_batch), (WrappersMP.APPLY_MODEL, apply_model)):
-        keyed = wrappers[kind] = dict(wrappers.get(kind, {}))
-        keyed.setdefault(KEY, [ours])
-    if compiled.COMPILE_KEY in keyed:
-        keyed[compiled.COMPILE_KEY] = keyed.pop(compiled.COMPILE_KEY)
+    around_batches = wrappers[WrappersMP.CALC_COND_BATCH] = dict(wrappers.get(WrappersMP.CALC_COND_BATCH, {}))
+    around_calls = wrappers[WrappersMP.APPLY_MODEL] = dict(wrappers.get(WrappersMP.APPLY_MODEL, {}))
+    around_batches.setdefault(KEY, [calc_cond_batch])
+    around_calls.setdefault(KEY, [apply_model])
+    if compiled.COMPILE_KEY in around_calls:
+        around_calls[compiled.COMPILE_KEY] = around_calls.pop(compiled.COMPILE_KEY)
 
 
 @dataclass(frozen=True)
@@ -185,7 +199,8 @@ class ApplyModel:
         # neither other packs' code nor the guards of torch.compile ever see it
         context = options.pop(KEY, None) or Context()
         if self.watch is None and all(a.settings.is_off for a in self.applied):
-            return executor(x, t, c_concat, c_crossattn, control, options, **extra)
+            with inside():
+                return executor(x, t, c_concat, c_crossattn, control, options, **extra)
         target = self.target.on(executor.class_obj)
         call, on = self._call(target, context, x, t, {"x": x, "c_crossattn": c_crossattn, **extra}, options,
                               executor.class_obj.model_sampling)  # fmt: skip
@@ -193,7 +208,8 @@ class ApplyModel:
         def run(executor, options):
             return executor(x, t, c_concat, c_crossattn, control, options, **extra)
 
-        out = _on_its_road(call, target, context, options, executor, run)
+        with inside():
+            out = _on_its_road(call, target, context, options, executor, run)
         if context.receipt is not None:
             context.receipt.add(call, on)
         return out
@@ -205,7 +221,8 @@ class ApplyModel:
         if not now:
             return None, []
         wants_roles = any(settings.apply_to != "both" for settings in now.values())
-        batch = read_batch(x.shape[0], text, options, context.conditionings(), wants_roles)
+        known = context.conditionings()
+        batch = read_batch(x.shape[0], text, options, known, wants_roles, context.rearranged)
         now = {i: s for i, s in now.items() if s.apply_to == "both" or s.apply_to in batch.roles}
         active = {layer: s for s in now.values() for layer in target.layers if layer in s.layers}
         if not active:
@@ -228,7 +245,7 @@ class ApplyModel:
 def _on_its_road(call: ModelCall | None, target: Target, context: Context, options: dict[str, Any], executor, run):
     """The model call, by the way that its network's kind and torch.compile leave."""
     is_unet = target.family is not None and target.family.kind == UNET
-    is_compiled = compiled.is_compiled(options, executor)
+    is_compiled = compiled.compiles(options, executor.class_obj.diffusion_model)
     if is_compiled and is_unet and context.compile_arguments:
         return compiled.run_unet(call, target, context.compile_arguments, options, executor, run)
     if call is None:
@@ -246,4 +263,7 @@ def _on_its_road(call: ModelCall | None, target: Target, context: Context, optio
         # another pack may have taken away the hook that a module is left with
         stack.callback(call.leave)
         until.callback(call.forget)
-        return run(executor, call.options)
+        out = run(executor, call.options)
+        if call.undo:
+            raise call.lost_hooks()
+        return out

@@ -5,6 +5,7 @@ The real packs are in test_peers.py and test_more_peers.py, where checkouts are 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -614,6 +615,134 @@ def test_nothing_reached_stops_the_run_in_its_first_step(wan, order):
     with pytest.raises(RuntimeError, match="none of its 2 text layers \\(b0.0, b1.0\\).*Likely test_reached.*Remove"):
         families.sample(both_orders(wan, patch)[order], WAN, steps=4, cfg=1.0)
     assert len(calls) == 2
+
+
+def go_past(model, when=lambda call: True):
+    """A way around everything: some conditionings are evaluated with options of the pack's own."""
+    calls = []
+
+    def calc_cond_batch(args):
+        calls.append(1)
+        options = {"transformer_options": {}} if when(len(calls)) else args["model_options"]
+        return comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], options)
+
+    model = model.clone()
+    model.model_options["sampler_calc_cond_batch_function"] = calc_cond_batch
+    return model
+
+
+@pytest.mark.parametrize("order", ("node first", "pack first"))
+def test_evaluations_past_every_wrapper_stop_the_run_in_its_first_step(unet, order):
+    evaluated = []
+    unet.model.diffusion_model.time_embed.register_forward_hook(lambda *_: evaluated.append(1))
+    with pytest.raises(RuntimeError, match="reached none of its 4 text layers.*Likely test_reached"):
+        tiny.sample(both_orders(unet, go_past)[order], steps=4, cfg=1.0)
+    assert len(evaluated) == 1
+
+
+def test_evaluations_that_go_past_later_are_a_warning(unet, said, caplog):
+    tiny.sample(go_past(with_id(unet), lambda call: call > 2), steps=5, cfg=1.0)
+    ((_, words),) = said
+    assert words.startswith(
+        "4 of 4 text layers in 2 of 5 steps, lambda 2, alpha 1.5; 3 in which something went past it"
+    )
+    assert [r.levelno for r in caplog.records if words in r.getMessage()] == [logging.WARNING]
+
+
+@pytest.mark.parametrize("name", ("unet", "Flux.1", "Wan 2.1 T2V"))
+@pytest.mark.parametrize("where", ("around the block", "in the block"))
+def test_options_that_a_pack_keeps(name, where, unet):
+    """Blocks that get the options of the first step in every step, and after the node is gone."""
+    family = None if name == "unet" else families.BY_NAME[name]
+    model = unet if family is None else families.patcher(family)
+    blocks = [find_target(model).found[layer]() for layer in find_target(model).layers]
+    settings = {"scale": 3.0, "scale_schedule": "linear", "end_scale": 0.5, "end_percent": 0.7}
+    kept = {}
+
+    def sample(model):
+        return tiny.sample(model, steps=3) if family is None else families.sample(model, family, steps=3)
+
+    def keep(block, args, kwargs):
+        kwargs["transformer_options"] = kept.setdefault(block, kwargs["transformer_options"])
+        return args, kwargs
+
+    def keep_inside(block):
+        forward = type(block).forward.__get__(block)
+        block.forward = lambda *args, **kwargs: forward(*keep(block, args, kwargs)[0], **kwargs)
+
+    expected, plain = sample(apply(model, **settings)), sample(model)
+    if where == "around the block":
+        # before ours: PLADIS gives the block its hook all the same
+        handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+        assert relative(sample(apply(model, **settings)), expected) < SAME
+        assert relative(sample(apply(model, **settings)), expected) < SAME
+        assert relative(sample(model), plain) < SAME
+        for handle in handles:
+            handle.remove()
+        return
+    for block in blocks:
+        keep_inside(block)
+    # what they kept is the first call's, and acts no more when that is over
+    sample(apply(model, **settings))
+    with pytest.raises(RuntimeError, match="reached none"):
+        sample(apply(model, **settings))
+    assert relative(sample(model), plain) < SAME
+
+
+def test_hooks_that_another_pack_removes_are_an_error_and_nothing_stays():
+    model = flat_model()
+    text = [[torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1)) * 3, {}]]
+
+    def clear(*_):
+        for block in model.model.diffusion_model.blocks:
+            block.cross_attn._forward_hooks.clear()
+
+    handle = model.model.diffusion_model.blocks[0].cross_attn.q_linear.register_forward_hook(clear)
+    with pytest.raises(RuntimeError, match="took the hooks of Apply PLADIS off"):
+        tiny.sample(apply(model), text, text)
+    handle.remove()
+    assert not torch.overrides._get_current_function_mode_stack()
+    q = torch.randn(1, 2, 5, 8)
+    assert torch.nn.functional.scaled_dot_product_attention(q, q, q).isfinite().all()
+
+
+def test_rows_that_a_function_around_the_model_call_reorders(unet):
+    def flipped(apply_model, args):
+        c = {k: v.flip(0) if isinstance(v, torch.Tensor) else v for k, v in args["c"].items()}
+        return apply_model(args["input"].flip(0), args["timestep"].flip(0), **c).flip(0)
+
+    model = unet.clone()
+    model.set_model_unet_function_wrapper(flipped)
+    long = tiny.prompt(21, 154)
+    for role in ("both", "positive", "negative"):
+        expected = tiny.sample(apply(unet, apply_to=role), positive=long)
+        assert relative(tiny.sample(apply(model, apply_to=role), positive=long), expected) < SAME
+
+
+def test_a_network_that_is_held_twice_and_two_networks(unet, flux):
+    class Twice(Wrapped):
+        def __init__(self, network, other):
+            super().__init__(network)
+            self.other = other
+
+    expected = tiny.sample(apply(unet))
+    model = unet.clone()
+    model.add_object_patch("diffusion_model", Twice(Wrapped(unet.model.diffusion_model), unet.model.diffusion_model))
+    assert relative(tiny.sample(apply(model)), expected) < SAME
+    model = unet.clone()
+    model.add_object_patch("diffusion_model", Twice(unet.model.diffusion_model, flux.model.diffusion_model))
+    for force_unknown in (False, True):
+        with pytest.raises(ValueError, match="finds 2 networks in Twice"):
+            apply(model, force_unknown=force_unknown)
+
+
+def test_options_can_be_copied_deeply(flux):
+    def copying(executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
+        return executor(x, t, c_concat, c_crossattn, control, copy.deepcopy(options), **kwargs)
+
+    model = flux.clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "copies", copying)
+    assert torch.equal(families.sample(apply(model), FLUX), families.sample(apply(flux), FLUX))
 
 
 def test_a_sampler_that_reuses_keys_is_no_cache(said, caplog):

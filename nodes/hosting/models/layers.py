@@ -38,6 +38,7 @@ class Layer(NamedTuple):
 # all that is known of a network that is not in the table
 BY_SHAPE = Layer("by shape", "block", 0, 0)
 
+
 class Found(NamedTuple):
     """A text attention, the module that makes it, and the block that it is in (the same, or one around it)."""
 
@@ -130,17 +131,17 @@ def _parse_entry(entry: str, layers: tuple[Layer, ...]) -> frozenset[Layer]:
     prefix, first, last, first_index, last_index = match.groups()
     by_number = _group(PREFIXES[prefix], layers)
     chosen: set[Layer] = set()
-    for ordinal in _span(entry, first, last, len(by_number), f"no block {prefix}{{}}", layers):
+    for ordinal in _range(entry, first, last, len(by_number), f"no block {prefix}{{}}", layers):
         depth = max(layer.index for layer in by_number[ordinal]) + 1
         if first_index is None:
             chosen.update(by_number[ordinal])
             continue
-        indices = _span(entry, first_index, last_index, depth, f"no layer {{}} in block {prefix}{ordinal}", layers)
+        indices = _range(entry, first_index, last_index, depth, f"no layer {{}} in block {prefix}{ordinal}", layers)
         chosen.update(layer for layer in by_number[ordinal] if layer.index in indices)
     return frozenset(chosen)
 
 
-def _span(entry: str, first: str, last: str | None, count: int, missing: str, layers: tuple[Layer, ...]) -> range:
+def _range(entry: str, first: str, last: str | None, count: int, missing: str, layers: tuple[Layer, ...]) -> range:
     start, stop = int(first), int(first if last is None else last)
     if start > stop:
         raise ValueError(f"blocks: the range in {entry!r} runs backwards: write {stop}-{start}.")

@@ -58,9 +58,18 @@ class Target:
         known = _targets.get(network)
         if known is None:
             inside = self.network()
-            known = self if inside is not None and inside in set(network.modules()) else _resolve(base, network, self)
+            try:
+                known = self if inside in set(network.modules()) else _resolve(base, network, self)
+            except ValueError:
+                # a module that hides the network: whether it is reached, the receipt tells
+                if inside is None:
+                    raise
+                known = self
             _targets[network] = known
         return known
+
+    def __deepcopy__(self, memo) -> Target:
+        return self
 
 
 def _by_module(found: Mapping[Layer, ReferenceType[nn.Module]]) -> dict[nn.Module, list[Layer]]:
@@ -114,7 +123,11 @@ def _resolve(base, outer: nn.Module, like: Target | None, force_unknown: bool = 
 
 
 def inner_network(outer: nn.Module) -> nn.Module:
-    """The one network of the table inside `outer` (torch.compile's `_orig_mod`, a pack's module); else `outer`."""
+    """The one network of the table inside `outer` (torch.compile's `_orig_mod`, a pack's module); else `outer`.
+
+    Raises:
+        ValueError: several are.
+    """
     if is_known(type(outer)):
         return outer
     topmost: list[nn.Module] = []
@@ -125,7 +138,14 @@ def inner_network(outer: nn.Module) -> nn.Module:
             topmost.append(module)
         else:
             waiting.extend(module.children())
-    return topmost[0] if len(topmost) == 1 else outer
+    topmost = list(dict.fromkeys(topmost))
+    if len(topmost) > 1:
+        names = ", ".join(type(module).__name__ for module in topmost)
+        raise ValueError(
+            f"PLADIS finds {len(topmost)} networks in {type(outer).__name__} ({names}) and cannot tell which is the "
+            "model's. Remove the node that put them there, or Apply PLADIS."
+        )
+    return topmost[0] if topmost else outer
 
 
 def _unknown(base, network: nn.Module) -> str:

@@ -22,6 +22,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import library, nn
 
+from ..batch import Batch
 from ..models.layers import Layer
 from ..models.target import Target
 from ..running import ModelCall, current_call, running
@@ -33,10 +34,10 @@ COMPILE_ARGUMENTS = "torch_compile_kwargs"
 LOGGER = logging.getLogger(__name__)
 
 
-def is_compiled(transformer_options: Mapping[str, Any], executor: WrapperExecutor) -> bool:
-    """Whether the network of this call runs compiled: by TorchCompileModel, or under a pack's object patch."""
+def compiles(transformer_options: Mapping[str, Any], network: nn.Module) -> bool:
+    """Whether a model's network runs compiled: by TorchCompileModel, or under a pack's object patch."""
     wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    return COMPILE_KEY in wrappers or hasattr(executor.class_obj.diffusion_model, "_orig_mod")
+    return COMPILE_KEY in wrappers or hasattr(network, "_orig_mod")
 
 
 def without_compiling(
@@ -67,15 +68,16 @@ def _with_network(
 
 def warn_of_frozen_settings(model_options: Mapping[str, Any]) -> None:
     """A CUDA graph replays kernels, not Python: nothing looks up changed settings."""
-    if (model_options.get(COMPILE_ARGUMENTS) or {}).get("backend") == "cudagraphs":
+    arguments = model_options.get(COMPILE_ARGUMENTS) or {}
+    if arguments.get("backend") == "cudagraphs" or arguments.get("mode") in ("reduce-overhead", "max-autotune"):
         _warn_of_cuda_graphs()
 
 
 @cache
 def _warn_of_cuda_graphs() -> None:
     LOGGER.warning(
-        "PLADIS: TorchCompileModel with backend cudagraphs freezes the settings of Apply PLADIS at its first run. "
-        "Use backend inductor to change them."
+        "PLADIS: CUDA graphs (torch.compile with backend cudagraphs, or a mode that uses them) freeze the settings of "
+        "Apply PLADIS at their first run. Use backend inductor in its default mode to change them."
     )
 
 
@@ -85,7 +87,8 @@ def run_unet(
     """One model call of a compiled U-Net, whose text layers do what this call wants in their slots."""
     hooks = with_hooks(options, call, list(call.active)) if call is not None else options
     slots = hooks.get("patches_replace", {})
-    wanted = ModelCall(target, {}, call.batch if call else None, {}, options, slots=slots)
+    wanted = call or ModelCall(target, {}, Batch(0, 0), {}, options)
+    wanted.slots = slots
     placed = {slot: dict(hooks_there) for slot, hooks_there in slots.items()}
     for layer in target.layers:
         placed.setdefault(layer.slot, {})[layer.key] = CompiledSlot(layer)
@@ -145,7 +148,11 @@ def _code_with_pladis(network: nn.Module, arguments: Mapping[str, Any]) -> Calla
     backend. So this costs a compilation once, and holds no network.
     """
     options = {key: value for key, value in (arguments.get("options") or {}).items() if key != "guard_filter_fn"}
-    backend = _backend(arguments.get("backend") or "inductor", arguments.get("mode"), tuple(sorted(options.items())))
+    name, mode = arguments.get("backend") or "inductor", arguments.get("mode")
+    key = repr((name, mode, sorted(options.items())))
+    if key not in _backends:
+        _backends[key] = _backend(name, mode, options)
+    backend = _backends[key]
     return torch.compile(
         network, backend=backend, fullgraph=bool(arguments.get("fullgraph")), dynamic=arguments.get("dynamic"),
         options={"guard_filter_fn": _skip_transformer_options},
@@ -157,14 +164,17 @@ def _skip_transformer_options(guards) -> list[bool]:
     return ["transformer_options" not in guard.name for guard in guards]
 
 
-@cache
-def _backend(name: Any, mode: str | None, options: tuple[tuple[str, Any], ...]) -> Callable:
+# by the arguments that they were made for
+_backends: dict[str, Callable] = {}
+
+
+def _backend(name: Any, mode: str | None, options: dict[str, Any]) -> Callable:
     """A backend that compiles as the one called `name`."""
     if name == "inductor":
         modes = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else {}
-        compile_graph = partial(torch._inductor.compile, options={**modes, **dict(options)})
+        compile_graph = partial(torch._inductor.compile, options={**modes, **options})
     else:
-        compile_graph = partial(torch._dynamo.lookup_backend(name), **({"options": dict(options)} if options else {}))
+        compile_graph = partial(torch._dynamo.lookup_backend(name), **({"options": options} if options else {}))
 
     def with_pladis(graph, inputs, **_):
         return compile_graph(graph, inputs)

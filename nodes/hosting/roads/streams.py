@@ -2,7 +2,8 @@
 
 ComfyUI's `post_input` patches (comfy/ldm/flux/model.py and others) may put tokens into the text stream, before or
 behind the prompt's (USOStyleReference), or take some off the image stream (FluxKVCache). Two patches of ours, one
-before and one after all others, see how long the streams are and where the prompt went.
+before and one after all others, see how long the streams are and where the prompt went. A patch that keeps the length
+is taken to keep the places.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from ..handed import OPTIONS, Handed
 from ..models.families import JOINT
 from ..models.layers import Layer
 from ..models.spans import Inserted, Places, Row, Span, place
-from ..running import KEY, ModelCall
+from ..running import KEY, ModelCall, current_call, in_backward
 from .attention_call import READERS, AttentionCall, one_row_each
 from .direct import divert, diverted_functions
 from .streams import StreamProbe
@@ -64,7 +64,10 @@ def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed
     if family.kind == JOINT:
         call.row.check_streams(handed, family.text_tensor)
     override = partial(TextOverride, call, layer, family.calls(handed), handed.rows if family.flat else None)
-    call.undo = [divert(place, override(None)) for place in diverted_functions(family.diverted, handed)]
+    if call.undo:
+        raise call.lost_hooks()
+    for function in diverted_functions(family.diverted, handed):
+        call.undo.append(divert(function, override(None)))
     if not handed.takes(OPTIONS):
         return handed
     # where a pack forgot to pass them on, the call's own
@@ -106,7 +109,7 @@ class JointRow:
         """
         found = handed.tokens(text_tensor) if text_tensor else None
         image = handed.options.get("img_slice")
-        if found is None and image and not self._probe.inserted.text[0] and self._row.keys[0].name != "image":
+        if found is None and image and not any(self._probe.inserted.text) and self._row.keys[0].name != "image":
             # a row of both: the host says where its image begins (flux/model.py)
             found = image[0]
         stream = [span for span in self._row.keys if span.name in self._row.text_stream]
@@ -140,6 +143,9 @@ class TextOverride:
             # it comes here again by its options
             return function(*args, **kwargs)
         dense = function if self.resident is None else partial(self.resident, function)
+        if current_call() is not self.call and not in_backward():
+            # its call is over: another pack kept the options
+            return dense(*args, **kwargs)
         args = _taken(args)
         attention = READERS[diverted or "host"](*args, **kwargs)
         if self.rows is not None:
@@ -244,9 +250,9 @@ class TextOverride:
         segments = self.call.batch.segments(attention.q.shape[0], settings.apply_to)
         return settings, [segment for segment in segments if segment.active]
 
-    def _watch(self, *tensors, **known) -> None:
+    def _watch(self, *tensors, **others) -> None:
         if self.call.watch is not None:
-            self.call.watch(self.layer, *tensors, **known, ahead=self.call.ahead)
+            self.call.watch(self.layer, *tensors, **others, ahead=self.call.ahead)
 
 
 def _added(dense: torch.Tensor, correction: torch.Tensor, cap: float) -> torch.Tensor:

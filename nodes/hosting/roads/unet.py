@@ -17,7 +17,7 @@ from ....pladis_core import add_capped, pladis_attention, pladis_correction
 from ..batch import Segment, repeat_mask
 from ..handed import Handed
 from ..models.layers import Layer
-from ..running import ModelCall
+from ..running import ModelCall, current_call, in_backward
 from ..settings import Settings
 
 Hook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
@@ -91,6 +91,9 @@ class PladisHook:
     ) -> torch.Tensor:
         """q (B, Lq, H * D), k and v (B, Lk, H * D) -> (B, Lq, H * D)."""
         extra_options = self._with_heads(extra_options)
+        if current_call() is not self.call and not in_backward():
+            # its call is over: another pack kept the options
+            return (self.resident or dense_attention)(q, k, v, extra_options)
         segments = self._segments(q, k, extra_options)
         alone = self.resident is None and "optimized_attention_override" not in extra_options
         if alone and not self.settings.norm_cap:
@@ -100,6 +103,9 @@ class PladisHook:
             parts = [self._added(segment, base, q, k, v, extra_options) for segment in segments]
         self.call.reached.add(self.layer)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __deepcopy__(self, memo) -> PladisHook:
+        return self
 
     def _with_heads(self, extra_options: dict[str, Any]) -> dict[str, Any]:
         """Other packs' blocks do not fill in everything that the host's do."""
