@@ -172,7 +172,8 @@ class Receipt:
         missing = (layers - ever) | missed if ever else set()
         if missing:
             words += f". Not reached: {self._names(missing)}"
-        complete = not missing and not count["lost"]
+        # a cache has nothing to answer from before the first evaluation
+        complete = not missing and not count["lost"] and bool(ever or not count["cached"])
         return words if complete else words + self._blame(), complete
 
     def _nothing(self, layers: set[Layer]) -> str:

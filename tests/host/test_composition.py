@@ -11,6 +11,7 @@ from pladis_pack.nodes.hosting import find_target
 from pladis_pack.nodes.hosting.batch import Prompt, repeat_mask
 from pladis_pack.nodes.hosting.models.layers import BY_SHAPE
 from pladis_pack.nodes.hosting.roads import unet
+from pladis_pack.nodes.hosting.running import running
 from pladis_pack.nodes.hosting.settings import Settings
 from tiny import apply
 
@@ -69,7 +70,11 @@ def test_resident_plus_correction():
 
     resident = unet.PladisHook(settings, call, BY_SHAPE, plain)
     fused = unet.PladisHook(settings, call, BY_SHAPE, None)
-    torch.testing.assert_close(resident(q, k, v, options), fused(q, k, v, options), atol=1e-5, rtol=1e-5)
+    with running(call):
+        torch.testing.assert_close(resident(q, k, v, options), fused(q, k, v, options), atol=1e-5, rtol=1e-5)
+        assert relative(fused(q, k, v, options), plain(q, k, v, options)) > 1e-3
+    # a hook whose call is over does nothing
+    assert torch.equal(resident(q, k, v, options), plain(q, k, v, options))
 
 
 def test_a_foreign_attn1_hook_is_kept_on_the_upscaler():

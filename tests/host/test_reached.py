@@ -640,6 +640,16 @@ def test_evaluations_past_every_wrapper_stop_the_run_in_its_first_step(unet, ord
     assert len(evaluated) == 1
 
 
+def test_a_run_that_never_evaluates_is_a_warning(unet, said, caplog):
+    """Whatever computed the picture, it was not this network."""
+    model = with_id(unet)
+    model.model_options["sampler_calc_cond_batch_function"] = lambda args: [args["input"]] * len(args["conds"])
+    tiny.sample(model, steps=3, cfg=1.0)
+    ((_, words),) = said
+    assert words.startswith("0 of 4 text layers in 0 of 3 steps")
+    assert [r.levelno for r in caplog.records if words in r.getMessage()] == [logging.WARNING]
+
+
 def test_evaluations_that_go_past_later_are_a_warning(unet, said, caplog):
     tiny.sample(go_past(with_id(unet), lambda call: call > 2), steps=5, cfg=1.0)
     ((_, words),) = said

@@ -10,6 +10,7 @@ import families
 import tiny
 from pladis_pack.nodes.hosting.models.layers import BY_SHAPE
 from pladis_pack.nodes.hosting.roads import unet
+from pladis_pack.nodes.hosting.running import running
 from pladis_pack.nodes.hosting.settings import Settings, percent_of
 from tiny import apply
 
@@ -103,7 +104,8 @@ def test_no_attention_output_is_longer_than_the_cap(cap):
     call = tiny.call_of_two_rows()
 
     def run(cap, lam=6.0):
-        out = unet.PladisHook(Settings(frozenset(), lam, norm_cap=cap), call, BY_SHAPE, None)(q, k, v, options)
+        with running(call):
+            out = unet.PladisHook(Settings(frozenset(), lam, norm_cap=cap), call, BY_SHAPE, None)(q, k, v, options)
         return out.unflatten(-1, (heads, width))
 
     dense = unet.dense_attention(q, k, v, options).unflatten(-1, (heads, width)).norm(dim=-1)
