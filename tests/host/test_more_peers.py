@@ -269,13 +269,27 @@ def test_the_transformers_of_res4lyf(res4lyf, monkeypatch, name):
 # WaveSpeed: while the network runs, its list of blocks is one module that holds them all
 
 
-@pytest.mark.parametrize("name", ("SD3", "HunyuanVideo", "LTXV"))
+def test_the_first_block_cache_of_wavespeed_on_hunyuan_video_is_refused(peer):
+    """In its single blocks it puts the text behind the image, where ComfyUI has it in front, and does not say so."""
+    family = families.BY_NAME["HunyuanVideo"]
+    node = peer("Comfy-WaveSpeed", "fbcache_nodes").ApplyFBCacheOnModel
+    model = families.patcher(family)
+
+    def patch(model):
+        return run_class(node, model=model, residual_diff_threshold=1e-9)
+
+    assert families.sample(patch(model), family).isfinite().all()
+    for patched in (patch(apply(model)), apply(patch(model))):
+        with pytest.raises(RuntimeError, match="does not say where in its row the image is.*EasyCache"):
+            families.sample(patched, family)
+
+
+@pytest.mark.parametrize("name", ("SD3", "LTXV"))
 def test_the_first_block_cache_of_wavespeed(peer, caplog, name):
-    """In HunyuanVideo's single blocks it puts the text behind the image, where ComfyUI's model has it in front."""
     family = families.BY_NAME[name]
     node = peer("Comfy-WaveSpeed", "fbcache_nodes").ApplyFBCacheOnModel
     model = families.patcher(family)
-    for threshold, exact in ((1e-9, name != "HunyuanVideo"), (1e9, False)):
+    for threshold, exact in ((1e-9, True), (1e9, False)):
 
         def patch(model, threshold=threshold):
             return run_class(node, model=model, residual_diff_threshold=threshold)

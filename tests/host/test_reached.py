@@ -1056,3 +1056,20 @@ def test_a_copy_of_the_model_gets_pladis_too(unet):
     patched.model = tiny.patcher(**SMALL).model
     assert torch.equal(tiny.sample(patched), expected)
     assert find_target(unet).network() is unet.model.diffusion_model
+
+
+@pytest.mark.parametrize("order", ("node first", "pack first"))
+def test_a_row_of_which_nobody_says_where_its_image_is(flux, order):
+    """A pack that runs the single blocks itself may have put the text elsewhere: the sum tells nothing of that."""
+
+    def replacement(args, extra):
+        options = {k: v for k, v in args["transformer_options"].items() if k != "img_slice"}
+        return extra["original_block"]({**args, "transformer_options": options})
+
+    def patch(model):
+        model = model.clone()
+        model.set_model_patch_replace(replacement, "dit", "single_block", 1)
+        return model
+
+    with pytest.raises(RuntimeError, match="does not say where in its row the image is"):
+        families.sample(both_orders(flux, patch)[order], FLUX)

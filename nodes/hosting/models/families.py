@@ -44,7 +44,8 @@ class Family:
     `*` for a number, in the order in which block lists count them. `row` says what a joint row is made of. `text` is
     the argument of apply_model that holds it; without it, there is nothing to do.
 
-    `text_tensor` names the parameter of a block's forward that holds its text stream, where it has one. `diverted` are
+    `text_tensor` names the parameter of a block's forward that holds its text stream, where it has one; with
+    `img_slice` the host tells its other blocks where in their row the image is. `diverted` are
     the functions that carry the attention of modules which never get transformer_options. `flat`: the batch's prompts
     lie one after the other in one row. `calls` tells the attention calls of one module by the length of their keys,
     where not all of them are text. `ahead` counts the queries in front of those of the picture (-1: all that are not
@@ -59,6 +60,7 @@ class Family:
     pads: str = ""
     text: str = "c_crossattn"
     text_tensor: str = ""
+    img_slice: bool = False
     diverted: tuple[Diverted, ...] = ()
     flat: bool = False
     calls: Callable[[Handed], tuple[Span, ...]] = lambda handed: ()
@@ -104,10 +106,10 @@ TABLE = (
     Family("Flux.1, Fill, Kontext, Redux, LongCat-Image; Flux.2, Klein", JOINT, ("comfy.ldm.flux.model.Flux",),
            DOUBLE_SINGLE, text_image(),
            "Flux.1: T5's to 256, Flux.2: zeros on the left to 512, not masked: take part. A mask (Redux) is kept",
-           text_tensor="txt"),
+           text_tensor="txt", img_slice=True),
     Family("Chroma, Chroma Radiance", JOINT,
            ("comfy.ldm.chroma.model.Chroma", "comfy.ldm.chroma_radiance.model.ChromaRadiance",
-           "chroma.model.ReChroma"), DOUBLE_SINGLE, text_image(), NO_PADS, text_tensor="txt"),
+           "chroma.model.ReChroma"), DOUBLE_SINGLE, text_image(), NO_PADS, text_tensor="txt", img_slice=True),
     Family("SD3, SD3.5", JOINT, ("comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
            "sd35.mmdit.ReOpenAISignatureMMDITWrapper"), ("joint_blocks.*",), text_image(),
            "of CLIP to 77 and of T5 to 77, not masked: take part"),
@@ -127,7 +129,8 @@ TABLE = (
            "after the refiner: take part"),
     Family("HunyuanVideo 1 and 1.5, SkyReels, HunyuanCustom, HunyuanImage 2.1", JOINT,
            ("comfy.ldm.hunyuan_video.model.HunyuanVideo",), DOUBLE_SINGLE, spans.hunyuan_video,
-           "none, or masked: out. Vision tokens do not take part, glyph tokens do", text_tensor="txt"),
+           "none, or masked: out. Vision tokens do not take part, glyph tokens do", text_tensor="txt",
+           img_slice=True),
     Family("HiDream I1, E1", JOINT, ("comfy.ldm.hidream.model.HiDreamImageTransformer2DModel",),
            ("double_stream_blocks.*", "single_stream_blocks.*"), spans.hidream,
            "of T5 and Llama to 128, not masked: take part"),

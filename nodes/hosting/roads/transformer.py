@@ -62,7 +62,7 @@ def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed
     (layer,) = layers
     family = call.target.family
     if family.kind == JOINT:
-        call.row.check_streams(handed, family.text_tensor)
+        call.row.check_streams(handed, family.text_tensor, family.img_slice)
     override = partial(TextOverride, call, layer, family.calls(handed), handed.rows if family.flat else None)
     if call.undo:
         raise call.lost_hooks()
@@ -101,14 +101,20 @@ class JointRow:
                 raise RuntimeError(f"PLADIS: {error}. {WAY_OUT}") from None
         return self._places[seen]
 
-    def check_streams(self, handed: Handed, text_tensor: str) -> None:
+    def check_streams(self, handed: Handed, text_tensor: str, img_slice: bool) -> None:
         """The text that the block is handed is the prompt with what was put around it.
 
         Raises:
-            RuntimeError: it has another length.
+            RuntimeError: it has another length, or nobody says where it is.
         """
         found = handed.tokens(text_tensor) if text_tensor else None
         image = handed.options.get("img_slice")
+        if img_slice and found is None and image is None and handed.options:
+            raise RuntimeError(
+                "PLADIS: another node runs this block and does not say where in its row the image is (img_slice), so "
+                "which tokens are the text cannot be told. Remove that node (for a cache: use ComfyUI's EasyCache), or "
+                "Apply PLADIS."
+            )
         if found is None and image and not any(self._probe.inserted.text) and self._row.keys[0].name != "image":
             # a row of both: the host says where its image begins (flux/model.py)
             found = image[0]
