@@ -28,6 +28,7 @@ import families
 import tiny
 from graph import run_node
 from pladis_pack.nodes.hosting import find_target, receipt, running, wrappers
+from pladis_pack.nodes.hosting.handed import Handed
 from pladis_pack.nodes.hosting.suspects import advice, pack_of
 from tiny import apply
 
@@ -1073,3 +1074,52 @@ def test_a_row_of_which_nobody_says_where_its_image_is(flux, order):
 
     with pytest.raises(RuntimeError, match="does not say where in its row the image is"):
         families.sample(both_orders(flux, patch)[order], FLUX)
+
+
+def test_off_promises_nothing(unet):
+    """Wrappers that another pack drops are no matter where nothing should act."""
+    kinds = (WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH, WrappersMP.OUTER_SAMPLE)
+    assert torch.equal(tiny.sample(drop_wrappers(*kinds)(apply(unet, scale=0.0))), tiny.sample(unet))
+
+
+class Hiding(torch.nn.Module):
+    """A module of a pack that holds the network where nobody finds it."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.__dict__["box"] = [network]
+
+    def forward(self, *args, **kwargs):
+        return self.box[0](*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["box"][0], name)
+
+
+def test_a_network_that_is_hidden_after_the_node(unet):
+    expected = tiny.sample(apply(unet))
+    model = apply(unet)
+    model.add_object_patch("diffusion_model", Hiding(unet.model.diffusion_model))
+    assert relative(tiny.sample(model), expected) < SAME
+
+
+def test_tokens_behind_the_prompt_of_krea_2():
+    """Its host says where the image begins before the patches put tokens in."""
+    family = families.BY_NAME["Krea 2"]
+    model = families.patcher(family)
+    patch = put_tokens(0, 4)
+    out = families.sample(apply(patch(model)), family)
+    assert out.isfinite().all() and relative(out, families.sample(patch(model), family)) > CHANGED
+
+
+def test_the_forward_that_a_pack_put_on_a_module_counts():
+    class Host(torch.nn.Module):
+        def forward(self, x, transformer_options=None):
+            return x
+
+    module = Host()
+    assert Handed(module, (1,), {}).takes("transformer_options")
+    module.forward = lambda *args, **kwargs: args
+    assert Handed(module, (1,), {}).takes("transformer_options")
+    module.forward = lambda x: x
+    assert not Handed(module, (1,), {}).takes("transformer_options")
