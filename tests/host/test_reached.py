@@ -1123,3 +1123,12 @@ def test_the_forward_that_a_pack_put_on_a_module_counts():
     assert Handed(module, (1,), {}).takes("transformer_options")
     module.forward = lambda x: x
     assert not Handed(module, (1,), {}).takes("transformer_options")
+
+
+def test_prompts_of_other_lengths_in_tiles_of_a_transformer():
+    """The host repeats the shorter prompt; whose a row is, and so how often, its text tells."""
+    family = families.BY_NAME["Stable Cascade C"]
+    model = families.patcher(family)
+    prompts = families.prompt(family, 11, 14), families.prompt(family, 12, 7)
+    expected = families.sample(apply(model), family, *prompts)
+    assert relative(families.sample(apply(tiles(model)), family, *prompts), expected) < SAME
