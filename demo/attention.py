@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -40,14 +41,16 @@ class TextAttention:
         """
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            projected.float().unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         scale = query.shape[-1] ** -0.5
         if self.lam:
             out = pladis_attention(query, key, value, scale=scale, lam=self.lam, alpha=self.alpha)
         else:
-            out = scaled_dot_product_attention(query, key, value, scale=scale * self.temperature)
+            # in training with bfloat16 too: its backward pass is slow on CPUs
+            with torch.autocast(query.device.type, enabled=False):
+                out = scaled_dot_product_attention(query, key, value, scale=scale * self.temperature)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(-2)))
 
 

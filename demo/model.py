@@ -28,33 +28,33 @@ def autoencoder() -> AutoencoderKL:
     )
 
 
-def text_encoder() -> CLIPTextModel:
-    """Tokens (B, 24) -> (B, 24, 96), after the final layer norm."""
+def text_encoder(size: str = "small") -> CLIPTextModel:
+    """Tokens (B, 77) -> (B, 77, 96), after the final layer norm; pooled, (B, 96): the state of the first end token."""
     return CLIPTextModel(
-        CLIPTextConfig(**config.TEXT_ENCODER, bos_token_id=TOKENS[START], eos_token_id=TOKENS[END])
+        CLIPTextConfig(**config.TEXT_ENCODERS[size], bos_token_id=TOKENS[START], eos_token_id=TOKENS[END])
     )
 
 
-def unet() -> UNet2DConditionModel:
+def unet(size: str = "small") -> UNet2DConditionModel:
     """Noisy latents, sigma * 1000 and text states -> velocity, noise - latents (flow matching)."""
-    size = config.UNET
-    attention = size["attention"]
+    layout = config.UNETS[size]
+    attention = layout["attention"]
     return UNet2DConditionModel(
         sample_size=config.LATENT_SIZE,
         in_channels=config.LATENT_CHANNELS,
         out_channels=config.LATENT_CHANNELS,
-        block_out_channels=size["channels"],
-        layers_per_block=size["layers"],
+        block_out_channels=layout["channels"],
+        layers_per_block=layout["layers"],
         down_block_types=tuple("CrossAttnDownBlock2D" if text else "DownBlock2D" for text in attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if text else "UpBlock2D" for text in reversed(attention)),
-        cross_attention_dim=config.TEXT_ENCODER["hidden_size"],
+        cross_attention_dim=config.TEXT_ENCODERS[size]["hidden_size"],
         # diffusers calls the number of heads so
-        attention_head_dim=tuple(width // size["head_width"] for width in size["channels"]),
+        attention_head_dim=tuple(width // layout["head_width"] for width in layout["channels"]),
     )
 
 
 def encode_text(encoder: CLIPTextModel, captions: Sequence[str]) -> torch.Tensor:
-    """(B, 24, 96)."""
+    """(B, 77, 96), as the U-Net reads them."""
     tokens = torch.tensor([tokenize(caption) for caption in captions], device=encoder.device)
     return encoder(tokens).last_hidden_state
 

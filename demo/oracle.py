@@ -1,7 +1,8 @@
-"""Reads a picture back: which coloured shapes it shows, and where."""
+"""Reads a picture back: which objects it shows (colour, shape, size, fill), and where."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -9,20 +10,24 @@ from functools import cache
 import numpy as np
 from scipy import ndimage
 
-from .scenes import COLOURS, GROUND, KINDS, RADII, Kind, Placed, Prompt, coverage, relation_between
+from .scenes import COLOURS, FILLS, GROUND, SHAPES, SIZES, Kind, Placed, Prompt, coverage, relation_between
 
-# a patch of ink smaller than this is a speck, not an object (the smallest true shape has about 90 pixels)
-SMALLEST = 24
-# least overlap (intersection over union) with the best template: below, it is ink of no known shape
-LEAST_OVERLAP = 0.6
-WINDOW = 28
+# ink below this is ground; a patch of less ink than SMALLEST is a speck (the smallest true object has about 24 pixels)
+INK = 0.4
+SMALLEST = 14
+# least overlap (intersection over union) with the best template: below, it is ink of no known object
+LEAST_OVERLAP = 0.5
+WINDOW = 26
+# between the largest small object and the smallest large one
+LARGE = (SIZES["small"][1] + SIZES["large"][0]) / 2
+EIGHT_NEIGHBOURS = np.ones((3, 3))
 
 
 def read(picture: np.ndarray) -> list[Placed]:
     """The objects of a picture.
 
     Each pixel is split into ground and ink of the colour that explains it best; every connected patch of one colour is
-    compared with all shapes at all sizes, laid centre of mass on centre of mass.
+    compared with all shapes, fills and sizes, laid centre of mass on centre of mass.
 
     Args:
         picture: (64, 64, 3) uint8.
@@ -30,7 +35,7 @@ def read(picture: np.ndarray) -> list[Placed]:
     ink, colour = _inks(picture)
     found = []
     for number, name in enumerate(COLOURS):
-        patches, count = ndimage.label((colour == number) & (ink > 0.5))
+        patches, count = ndimage.label((colour == number) & (ink > INK), EIGHT_NEIGHBOURS)
         for patch in range(1, count + 1):
             inside = patches == patch
             if inside.sum() >= SMALLEST:
@@ -51,19 +56,18 @@ def _inks(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit(colour: str, ink: np.ndarray) -> Placed | None:
-    """The shape that overlaps most with one patch of ink; None where none does well enough."""
+    """The object that overlaps most with one patch of ink; None where none does well enough."""
     y, x = ndimage.center_of_mass(ink)
     patch = _window(ink, x, y).ravel()
-    shapes, radii, offsets, templates = _templates()
-    shared = np.minimum(templates, patch).sum(1)
-    overlaps = shared / np.maximum(templates, patch).sum(1)
+    templates, covers = _templates()
+    overlaps = np.minimum(covers, patch).sum(1) / np.maximum(covers, patch).sum(1)
     best = int(overlaps.argmax())
     if overlaps[best] < LEAST_OVERLAP:
         return None
+    shape, fill, radius, right, down = templates[best]
+    size = "large" if radius > LARGE else "small"
     # centres of mass are in pixel numbers, positions in distances from the edge
-    return Placed(
-        Kind(colour, shapes[best]), float(x + 0.5 - offsets[best][0]), float(y + 0.5 - offsets[best][1]), radii[best]
-    )
+    return Placed(Kind(colour, shape, size, fill), float(x + 0.5 - right), float(y + 0.5 - down), radius)
 
 
 def _window(ink: np.ndarray, x: float, y: float) -> np.ndarray:
@@ -76,18 +80,16 @@ def _window(ink: np.ndarray, x: float, y: float) -> np.ndarray:
 
 
 @cache
-def _templates() -> tuple[list[str], list[float], list[tuple[float, float]], np.ndarray]:
-    """Shapes, radii, centres of mass as seen from the shapes' own centres, and (N, WINDOW ** 2) coverages."""
-    shapes, radii, offsets, templates = [], [], [], []
-    for shape in KINDS:
-        for radius in np.arange(RADII[0] - 1.0, RADII[1] + 1.01, 0.5):
-            cover = coverage(shape, WINDOW / 2, WINDOW / 2, radius, WINDOW)
-            y, x = ndimage.center_of_mass(cover)
-            shapes.append(shape)
-            radii.append(float(radius))
-            offsets.append((x + 0.5 - WINDOW / 2, y + 0.5 - WINDOW / 2))
-            templates.append(_window(cover, x, y).ravel())
-    return shapes, radii, offsets, np.stack(templates)
+def _templates() -> tuple[list[tuple[str, str, float, float, float]], np.ndarray]:
+    """(shape, fill, radius, centre of mass to the right of and below the centre) and coverages (N, WINDOW ** 2)."""
+    templates, covers = [], []
+    radii = np.arange(SIZES["small"][0] - 0.8, SIZES["large"][1] + 0.81, 0.4)
+    for shape, fill, radius in itertools.product(SHAPES, FILLS, radii.tolist()):
+        cover = coverage(shape, fill, WINDOW / 2, WINDOW / 2, radius, WINDOW)
+        y, x = ndimage.center_of_mass(cover)
+        templates.append((shape, fill, radius, x + 0.5 - WINDOW / 2, y + 0.5 - WINDOW / 2))
+        covers.append(_window(cover, x, y).ravel())
+    return templates, np.stack(covers)
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,10 @@ class Score:
 
 
 def score(prompt: Prompt, seen: Sequence[Placed]) -> Score:
-    """Colour-shape binding, object by object, and the relation between two of them."""
-    kinds = {placed.kind for placed in seen}
+    """Object by object: colour and shape, with the size and the fill that the caption names; and the relation between
+    two of them."""
     return Score(
-        found=sum(kind in kinds for kind in prompt.objects),
+        found=sum(any(kind.fits(placed.kind) for placed in seen) for kind in prompt.objects),
         named=len(prompt.objects),
         seen=len(seen),
         relation=_holds(prompt, seen),
@@ -131,5 +133,5 @@ def _holds(prompt: Prompt, seen: Sequence[Placed]) -> bool | None:
     if prompt.relation is None:
         return None
     first, words, second = prompt.relation
-    pairs = [(a, b) for a in seen if a.kind == first for b in seen if b.kind == second]
+    pairs = [(a, b) for a in seen if a.kind.name == first.name for b in seen if b.kind.name == second.name]
     return any(relation_between(a.x - b.x, a.y - b.y) == words for a, b in pairs) if pairs else None

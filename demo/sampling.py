@@ -18,11 +18,18 @@ def noise(seed: int, count: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.manual_seed(seed))
 
 
+def sigmas(steps: int) -> torch.Tensor:
+    """(steps + 1,), from 1 to 0: equal steps, shifted towards noise, where it is decided what goes where (Esser et al.
+    2024, eq. 23)."""
+    times = torch.linspace(1, 0, steps + 1)
+    return config.SHIFT * times / (1 + (config.SHIFT - 1) * times)
+
+
 @torch.no_grad()
 def euler(velocity: Velocity, latents: torch.Tensor, steps: int, callback: Callable[[], object] = lambda: None):
-    """From noise to latents in equal steps of sigma, from 1 to 0."""
-    sigmas = torch.linspace(1, 0, steps + 1)
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    """From noise to latents along the schedule."""
+    levels = sigmas(steps)
+    for now, then in zip(levels[:-1], levels[1:], strict=True):
         latents = latents + velocity(latents, now) * (then - now)
         callback()
     return latents
@@ -32,7 +39,7 @@ def guided(unet, text: torch.Tensor, empty: torch.Tensor, cfg: float) -> Velocit
     """The velocity with classifier-free guidance (Ho, Salimans 2022); cfg 1 evaluates the prompt alone.
 
     Args:
-        text: (B, 24, 96), one row per picture.
+        text: (B, 77, 96), one row per picture.
         empty: the same for the empty prompt.
         sigma, as the velocity's argument: one for all pictures, or (B,).
         cfg: going higher follows the prompt harder.
@@ -45,8 +52,7 @@ def guided(unet, text: torch.Tensor, empty: torch.Tensor, cfg: float) -> Velocit
     def velocity(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         if cfg == 1:
             return predict(latents, sigma, text)
-        sigmas = sigma.expand(len(latents)).repeat(2)
-        both = predict(torch.cat((latents, latents)), sigmas, torch.cat((text, empty)))
+        both = predict(torch.cat((latents, latents)), sigma.expand(len(latents)).repeat(2), torch.cat((text, empty)))
         wanted, plain = both.chunk(2)
         return plain + cfg * (wanted - plain)
 

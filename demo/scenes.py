@@ -1,14 +1,15 @@
-"""Scenes of one to three coloured shapes, their captions, and how they are drawn.
+"""Scenes of one to five objects, their captions, and how they are drawn.
 
-A scene is drawn 64 x 64 with soft edges on a white ground. Sets of objects are split for good: those whose hash says
-"tune" or "report" are never trained on, in no order and with no wording; pairs do occur inside trained scenes of three.
+A scene is drawn 64 x 64 with soft edges on a white ground. Its objects differ in colour or shape. Sets of coloured
+shapes are split for good: those whose hash says "tune" or "report" are never trained on, in no order, size, fill or
+wording; parts of such a set do occur inside trained scenes.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,33 +25,61 @@ COLOURS = {
     "purple": (145, 60, 180),
     "black": (25, 25, 25),
 }
-KINDS = ("circle", "square", "triangle", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "diamond", "bar")
+# pixels from an object's centre to its rim
+SIZES = {"small": (5.4, 6.2), "large": (8.4, 9.4)}
+FILLS = ("filled", "outlined")
+STROKE = 2.0
 # unit steps in pictures: x to the right, y down
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-OPENINGS = ("", "a picture of", "a drawing of")
-CLOSINGS = ("", "on a white background")
+# clauses that say nothing of what is to be seen
+OPENINGS = ("a picture of", "a drawing of", "an image with", "this is", "here you see", "a nice design with")
+CLOSINGS = (
+    "on a white background",
+    "in high resolution",
+    "made for a book",
+    "by an unknown artist",
+    "free to download",
+    "in a simple style",
+    "from the new collection",
+)
 
 GRID = 3
 CELL = SIZE / GRID
-RADII = (7.5, 9.5)
 # how much longer, in pixels, the stated direction is than the other one
 CLEAR = CELL / 2
+# how many objects a scene has, and how often
+COUNTS = (1, 2, 3, 4, 5)
+ODDS = {split: (0.0, 0.25, 0.25, 0.25, 0.25) for split in ("tune", "report")} | {"train": (0.1, 0.25, 0.25, 0.2, 0.2)}
+# how often a caption tells an object's size, its fill, a relation, a clause before and one after the objects
+TOLD, RELATED, OPENED, CLOSED = 0.4, 0.6, 0.4, 0.4
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Kind:
-    """What a caption names: a coloured shape."""
+    """An object, or what a caption says of one: size and fill are None where it leaves them open."""
 
     colour: str
     shape: str
+    size: str | None = None
+    fill: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return " ".join(word for word in (self.size, self.fill, self.colour, self.shape) if word)
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """What tells it from the other objects of its scene."""
+        return self.colour, self.shape
+
+    def fits(self, seen: Kind) -> bool:
+        """Whether an object that is seen is all that is said here."""
+        return self.name == seen.name and self.size in (None, seen.size) and self.fill in (None, seen.fill)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A coloured shape at (x, y), in pixels from the top left corner, `radius` pixels from its centre to its rim."""
+    """An object at (x, y), in pixels from the top left corner, `radius` pixels from its centre to its rim."""
 
     kind: Kind
     x: float
@@ -68,8 +97,9 @@ class Prompt:
 
 
 def split_of(objects: Sequence[Kind]) -> str:
-    """The split, "train", "tune" or "report", by the set of objects alone. Single objects are always trained on."""
-    bucket = zlib.crc32(", ".join(sorted(map(str, objects))).encode()) % 16
+    """The split, "train", "tune" or "report", by the set of coloured shapes. Single ones are always trained on."""
+    names = sorted(" ".join(kind.name) for kind in objects)
+    bucket = zlib.crc32(", ".join(names).encode()) % 16
     return {0: "tune", 1: "report"}.get(bucket, "train") if len(objects) > 1 else "train"
 
 
@@ -83,56 +113,108 @@ def relation_between(dx: float, dy: float, clear: float = 0.0) -> str | None:
 
 
 def random_scene(rng: np.random.Generator, split: str = "train") -> list[Placed]:
-    """One to three different objects of a split in different cells of a 3 x 3 grid, moved a little inside them."""
-    counts, odds = ((1, 2, 3), (0.15, 0.45, 0.4)) if split == "train" else ((2, 3), (0.5, 0.5))
-    objects = _random_kinds(rng, int(rng.choice(counts, p=odds)))
+    """One to five objects of a split in different cells of a 3 x 3 grid, moved a little inside them."""
+    count = int(rng.choice(COUNTS, p=ODDS[split]))
+    objects = _random_kinds(rng, count)
     while split_of(objects) != split:
-        objects = _random_kinds(rng, len(objects))
-    cells = rng.permutation(GRID * GRID)[: len(objects)]
+        objects = _random_kinds(rng, count)
+    cells = rng.permutation(GRID * GRID)[:count]
     return [_place(rng, kind, int(cell)) for kind, cell in zip(objects, cells, strict=True)]
 
 
+def crowded_scene(rng: np.random.Generator) -> list[Placed]:
+    """One to nine objects: teaches to draw, not to follow a caption."""
+    count = int(rng.integers(1, GRID * GRID + 1))
+    cells = rng.permutation(GRID * GRID)[:count]
+    return [_place(rng, kind, int(cell)) for kind, cell in zip(_random_kinds(rng, count), cells, strict=True)]
+
+
+def exchanged(scene: Sequence[Placed], rng: np.random.Generator) -> list[Placed]:
+    """The scene after each object has taken another one's colour and some object's fill: the same words, bound
+    otherwise."""
+    colours = np.roll([placed.kind.colour for placed in scene], 1)
+    fills = rng.permutation([placed.kind.fill for placed in scene])
+    return [
+        replace(placed, kind=replace(placed.kind, colour=str(colour), fill=str(fill)))
+        for placed, colour, fill in zip(scene, colours, fills, strict=True)
+    ]
+
+
 def _random_kinds(rng: np.random.Generator, count: int) -> list[Kind]:
-    numbers = rng.choice(len(COLOURS) * len(KINDS), size=count, replace=False)
-    return [Kind(list(COLOURS)[n // len(KINDS)], KINDS[n % len(KINDS)]) for n in numbers]
+    numbers = rng.choice(len(COLOURS) * len(SHAPES), size=count, replace=False)
+    sizes, fills = rng.integers(2, size=(2, count))
+    return [
+        Kind(list(COLOURS)[number // len(SHAPES)], SHAPES[number % len(SHAPES)], list(SIZES)[size], FILLS[fill])
+        for number, size, fill in zip(numbers, sizes, fills, strict=True)
+    ]
 
 
 def _place(rng: np.random.Generator, kind: Kind, cell: int) -> Placed:
-    radius = rng.uniform(*RADII)
+    radius = rng.uniform(*SIZES[kind.size])
     room = CELL / 2 - radius
     row, column = divmod(cell, GRID)
     x, y = (np.array([column, row]) + 0.5) * CELL + rng.uniform(-room, room, 2)
     return Placed(kind, float(x), float(y), float(radius))
 
 
-def describe(scene: Sequence[Placed], rng: np.random.Generator) -> Prompt:
-    """A caption that is true of the scene: objects in random order, a relation between two neighbours where one is
-    clear, often with words that say nothing."""
-    order = [scene[i] for i in rng.permutation(len(scene))]
+def describe(scene: Sequence[Placed], rng: np.random.Generator, noise: float = 0.0) -> Prompt:
+    """A caption of the scene: objects in random order, some with their size and fill, often a relation between two
+    neighbours where one is clear, and clauses that say nothing.
+
+    Args:
+        noise: the share of objects that the caption gets wrong; with 0 it is true. Of those, a third have a wrong
+            colour, a third a wrong shape, and a third are not mentioned (one object always is).
+    """
+    told = [replace(placed, kind=_told(placed.kind, rng)) for placed in _mistaken(scene, rng, noise)]
+    order = [told[i] for i in rng.permutation(len(told))]
     joints = ["and"] * (len(order) - 1)
     relation = None
-    pair = int(rng.integers(len(joints))) if joints else 0
-    if joints and rng.random() < 0.8:
+    if joints and rng.random() < RELATED:
+        pair = int(rng.integers(len(joints)))
         first, second = order[pair], order[pair + 1]
         words = relation_between(first.x - second.x, first.y - second.y, CLEAR)
         if words:
             joints[pair] = words
             relation = (first.kind, words, second.kind)
-    words = [noun(order[0].kind)]
+    parts = [_clause(rng, OPENINGS, OPENED), noun(order[0].kind)]
     for joint, placed in zip(joints, order[1:], strict=True):
-        words += [joint, noun(placed.kind)]
-    opening = rng.choice(OPENINGS, p=(0.6, 0.2, 0.2))
-    closing = rng.choice(CLOSINGS, p=(0.8, 0.2))
-    text = " ".join(part for part in (opening, *words, closing) if part)
-    return Prompt(text, tuple(placed.kind for placed in order), relation)
+        parts += [joint, noun(placed.kind)]
+    parts.append(_clause(rng, CLOSINGS, CLOSED))
+    return Prompt(" ".join(filter(None, parts)), tuple(placed.kind for placed in order), relation)
+
+
+def _mistaken(scene: Sequence[Placed], rng: np.random.Generator, noise: float) -> list[Placed]:
+    told = []
+    for placed in scene:
+        mistake = rng.choice(("colour", "shape", "absence")) if rng.random() < noise else None
+        if mistake == "colour":
+            told.append(replace(placed, kind=replace(placed.kind, colour=_other(rng, COLOURS, placed.kind.colour))))
+        elif mistake == "shape":
+            told.append(replace(placed, kind=replace(placed.kind, shape=_other(rng, SHAPES, placed.kind.shape))))
+        elif mistake is None:
+            told.append(placed)
+    return told or [scene[int(rng.integers(len(scene)))]]
+
+
+def _other(rng: np.random.Generator, among: Sequence[str], than: str) -> str:
+    return str(rng.choice([name for name in among if name != than]))
+
+
+def _told(kind: Kind, rng: np.random.Generator) -> Kind:
+    size, fill = rng.random(2) < TOLD
+    return replace(kind, size=kind.size if size else None, fill=kind.fill if fill else None)
+
+
+def _clause(rng: np.random.Generator, among: Sequence[str], odds: float) -> str:
+    return str(rng.choice(among)) if rng.random() < odds else ""
 
 
 def noun(kind: Kind) -> str:
-    return f"{'an' if kind.colour[0] in 'aeiou' else 'a'} {kind}"
+    return f"{'an' if str(kind)[0] in 'aeiou' else 'a'} {kind}"
 
 
 def random_prompts(count: int, split: str, seed: int) -> list[Prompt]:
-    """Captions of scenes of a split, no text twice; two or three objects unless the split is "train"."""
+    """True captions of scenes of a split, no text twice; two to five objects unless the split is "train"."""
     rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
     prompts: dict[str, Prompt] = {}
     while len(prompts) < count:
@@ -145,32 +227,34 @@ def draw(scene: Sequence[Placed]) -> np.ndarray:
     """(SIZE, SIZE, 3) uint8."""
     picture = np.full((SIZE, SIZE, 3), GROUND, dtype=np.float64)
     for placed in scene:
-        cover = coverage(placed.kind.shape, placed.x, placed.y, placed.radius, SIZE)[..., None]
+        cover = coverage(placed.kind.shape, placed.kind.fill, placed.x, placed.y, placed.radius, SIZE)[..., None]
         picture += cover * (np.array(COLOURS[placed.kind.colour]) - picture)
     return picture.round().astype(np.uint8)
 
 
-def coverage(shape: str, x: float, y: float, radius: float, size: int) -> np.ndarray:
-    """(size, size) in [0, 1]: how much of each pixel a shape covers, from its signed distance."""
+def coverage(shape: str, fill: str, x: float, y: float, radius: float, size: int) -> np.ndarray:
+    """(size, size) in [0, 1]: how much of each pixel an object covers, from its signed distance."""
     axis = np.arange(size) + 0.5
-    return np.clip(0.5 - DISTANCES[shape](axis[None, :] - x, axis[:, None] - y, radius), 0.0, 1.0)
+    distance = DISTANCES[shape](axis[None, :] - x, axis[:, None] - y, radius)
+    if fill == "outlined":
+        distance = np.maximum(distance, -distance - STROKE)
+    return np.clip(0.5 - distance, 0.0, 1.0)
 
 
 def _circle(x, y, r):
     return np.hypot(x, y) - r
 
 
-def _ring(x, y, r):
-    return np.abs(np.hypot(x, y) - 0.775 * r) - 0.225 * r
-
-
 def _square(x, y, r):
     return np.maximum(np.abs(x), np.abs(y)) - 0.88 * r
 
 
-def _cross(x, y, r):
-    x, y = np.abs(x), np.abs(y)
-    return np.maximum(np.maximum(x, y) - r, np.minimum(x, y) - 0.3 * r)
+def _bar(x, y, r):
+    return np.maximum(np.abs(x) - r, np.abs(y) - 0.52 * r)
+
+
+def _diamond(x, y, r):
+    return (np.abs(x) + np.abs(y) - 1.1 * r) / 2**0.5
 
 
 def _triangle(x, y, r):
@@ -180,4 +264,4 @@ def _triangle(x, y, r):
     return np.maximum(side, y - 0.8 * r)
 
 
-DISTANCES = {"circle": _circle, "square": _square, "triangle": _triangle, "cross": _cross, "ring": _ring}
+DISTANCES = {"circle": _circle, "square": _square, "triangle": _triangle, "diamond": _diamond, "bar": _bar}

@@ -1,31 +1,65 @@
-"""python -m demo.train autoencoder | diffusion | student | export: each goes on where it stopped."""
+"""Trains the demo model. By default everything, in order; what was finished is skipped, what was stopped goes on.
+
+Phases: autoencoder; text_encoder; and for each seed: base, on true captions; noise, the base model trained on with each
+share of mistakes; student. export writes what is shipped to demo/weights. SIGTERM, Ctrl-C or a file STOP in the folder
+end a run at its next step, saved.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 
-from .options import Options, device
+from ..config import UNETS
+from . import autoencoder, diffusion, export, student, text
+from .options import NOISES, STEPS, Options, device
 
-# the model card has what the shipped weights were trained with
-STEPS = {"autoencoder": 2500, "diffusion": 11000, "student": 600}
+PHASES = (*STEPS, "export")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.train", description=__doc__)
-    parser.add_argument("run", choices=[*STEPS, "export"])
-    parser.add_argument("--folder", type=Path, default=Path("training"), help="checkpoints and samples")
-    parser.add_argument("--steps", type=int, help="optimizer steps in all; the learning rate falls to 0 over them")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints and samples")
+    args = _arguments()
+    folder = args.folder or Path("training") / args.size
+    chosen = [phase for phase in PHASES if phase in args.phases or "all" in args.phases]
+    # what is trained once, then everything for one seed after the other
+    for seed in args.seeds:
+        for phase in chosen:
+            steps = args.steps or STEPS.get(phase, 0)
+            run(phase, Options(folder, steps, seed, args.every, args.device, args.size))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("phases", nargs="*", metavar="phase", default=["all"], help=f"all, {', '.join(PHASES)}")
+    parser.add_argument("--size", choices=list(UNETS), default="small", help="small is shipped; large: for a GPU")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--folder", type=Path, help="checkpoints and samples (default: training/SIZE)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run, instead of the recipe's")
+    parser.add_argument("--every", type=int, default=1000, help="steps between samples (default: 1000)")
     parser.add_argument("--device", default=device())
     args = parser.parse_args()
-    run = importlib.import_module(f".{args.run}", __package__)
-    if args.run == "export":
-        run.export(args.folder)
+    unknown = [phase for phase in args.phases if phase not in ("all", *PHASES)]
+    if unknown:
+        parser.error(f"no phase is called {', '.join(unknown)}; there are all, {', '.join(PHASES)}")
+    return args
+
+
+def run(phase: str, options: Options) -> None:
+    """One phase, for one seed, from where it stopped. Autoencoder and text encoder are trained once, for all seeds."""
+    if phase in ("autoencoder", "text_encoder"):
+        if not (options.folder / f"{phase}.safetensors").exists():
+            {"autoencoder": autoencoder, "text_encoder": text}[phase].train(options)
+    elif phase == "base":
+        diffusion.train_base(options)
+    elif phase == "noise":
+        for noise in NOISES:
+            diffusion.train_noise(options, noise)
+    elif phase == "student":
+        student.train(options)
     else:
-        run.train(Options(args.folder, args.steps or STEPS[args.run], args.seed, args.every, args.device))
+        export.export(options)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What the three training runs share: seeded batches, and the run itself."""
+"""What the training runs share: pictures as tensors, precision, and the run itself."""
 
 from __future__ import annotations
 
 import copy
 import math
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,17 +13,16 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from ..scenes import Prompt, describe, draw, random_scene
 from .options import Options
 
+# between checkpoints
+SAVE_SECONDS = 240
 
-def random_batch(seed: int, step: int, size: int) -> tuple[torch.Tensor, list[Prompt]]:
-    """Pictures (size, 3, 64, 64) in [-1, 1] with their captions; the same for the same seed and step, so that a
-    resumed run sees what an uninterrupted one would."""
-    rng = np.random.default_rng([seed, step])
-    scenes = [random_scene(rng) for _ in range(size)]
-    prompts = [describe(scene, rng) for scene in scenes]
-    return to_tensor([draw(scene) for scene in scenes]), prompts
+
+def mixed(device: str) -> torch.autocast:
+    """bfloat16 where the device computes it faster than float32; weights and their gradients stay float32."""
+    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast)
 
 
 def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
@@ -53,6 +54,27 @@ class Average:
         decay = min(self.decay, (1 + step) / (10 + step))
         for mean, value in zip(self.module.parameters(), module.parameters(), strict=True):
             mean.lerp_(value, 1 - decay)
+
+
+class Stop:
+    """Whether the run is asked to end early: by SIGTERM, SIGINT (Ctrl-C) or a file STOP in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.told = folder / "STOP", False
+
+    def __enter__(self) -> Stop:
+        self.handlers = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _hear(self, *_) -> None:
+        self.told = True
+
+    def asked(self) -> bool:
+        return self.told or self.file.exists()
 
 
 class Run:
@@ -87,8 +109,18 @@ class Run:
         """The steps that are still to be made."""
         start = self._load()
         total = self.options.steps
-        with trange(start, total, initial=start, total=total, desc=self.name, mininterval=10) as self.bar:
-            yield from self.bar
+        saved = time.monotonic()
+        with (
+            trange(start, total, initial=start, total=total, desc=self.name, mininterval=10) as self.bar,
+            Stop(self.options.folder) as stop,
+        ):
+            for step in self.bar:
+                yield step
+                if stop.asked() or time.monotonic() - saved > SAVE_SECONDS:
+                    self._save(step + 1)
+                    saved = time.monotonic()
+                if stop.asked():
+                    raise SystemExit(f"{self.name} stopped after step {step + 1} of {total}; it goes on from there")
 
     def descend(self, step: int, loss: torch.Tensor, **shown: float) -> None:
         """One optimizer step; `shown` appears beside the bar."""

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from safetensors.torch import load_file, save_file
 
 from .. import config
 from .common import averaged
+from .diffusion import noisy_name
+from .options import Options
+from .student import NOISE
+
+# the seed whose models are shipped
+SEED = 0
 
 
-def export(folder: Path) -> None:
-    """Each run of `folder`, as files of demo/weights; a run that was never begun is left out.
+def export(options: Options) -> None:
+    """The shipped seed's runs, as files of demo/weights.
 
     Raises:
         ValueError: a run has not come to its end.
     """
+    if options.seed != SEED:
+        return
     config.WEIGHTS.mkdir(exist_ok=True)
-    if (folder / "autoencoder.safetensors").exists():
-        _write("autoencoder", load_file(folder / "autoencoder.safetensors"))
-    if (folder / "diffusion.pt").exists():
-        average = averaged(folder / "diffusion.pt")
-        for name in ("unet", "text_encoder"):
-            prefix = f"{name}."
-            _write(name, {k.removeprefix(prefix): v for k, v in average.items() if k.startswith(prefix)})
-    if (folder / "student.pt").exists():
-        _write("unet_few_step", averaged(folder / "student.pt"))
+    for name in ("autoencoder", "text_encoder"):
+        _write(name, load_file(options.folder / f"{name}.safetensors"))
+    _write("unet", averaged(options.folder / f"{noisy_name(NOISE, SEED)}.pt"))
+    _write("unet_few_step", averaged(options.folder / f"student-{SEED}.pt"))
 
 
 def _write(name: str, weights: dict[str, torch.Tensor]) -> None:

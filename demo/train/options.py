@@ -9,14 +9,22 @@ import numpy as np
 import torch
 from PIL import Image
 
+# optimizer steps of each phase
+STEPS = {"autoencoder": 1100, "text_encoder": 1000, "base": 14_000, "noise": 3500, "student": 1000}
+# the dial: shares of the objects that captions get wrong
+NOISES = (0.0, 0.15, 0.3)
+
 
 @dataclass(frozen=True)
 class Options:
+    """folder: checkpoints and samples. every: steps between samples. size: "small", or "large" for a GPU."""
+
     folder: Path
     steps: int
     seed: int
     every: int
     device: str
+    size: str = "small"
 
     def picture(self, name: str, rows: list[list[np.ndarray]]) -> None:
         """Writes samples as they look after some step: rows of pictures, twice their size."""

@@ -3,20 +3,21 @@ end (consistency distillation, Song et al. 2023; with guidance, Luo et al. 2023)
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
+from .. import sampling
 from ..model import encode_text
-from ..sampling import guided
-from .common import Average, Run
-from .diffusion import BATCH, Scenes, sample, trained
+from .common import Average, Run, averaged, mixed
+from .diffusion import PEAK, Scenes, fresh, load_text_encoder, noisy_name, sample
 from .options import Options
 
-PEAK = 5e-4
+# the teacher: the model that is shipped, of this share of mistakes in its captions
+NOISE = 0.15
+# of the base model's learning rate
+TUNING = 0.5
 # what the student sees once and for all: classifier-free guidance of the teacher
 CFG = 3.0
-# the student learns at sigma 1, 7/8, ... 1/8: where Euler with 1, 2, 4 or 8 steps stands
+# the student learns at 8, 7, ... 1 eighths of the schedule: where Euler with 1, 2, 4 or 8 steps stands
 LEVELS = 8
 # Euler steps of the teacher from one level to the next
 SUBSTEPS = 2
@@ -24,46 +25,62 @@ SUBSTEPS = 2
 
 def train(options: Options) -> None:
     torch.manual_seed(options.seed)
-    teacher = trained(options)
-    student = copy.deepcopy(teacher["unet"]).train().requires_grad_(True)
+    teacher, encoder = trained(options), load_text_encoder(options)
+    student = fresh(options)
+    student.load_state_dict(teacher.state_dict())
     # a quick average, that the student learns from; the slow one of the run is shipped
     target = Average(student, 0.95)
-    run = Run("student", options, student, PEAK, warm_up=100, decay=0.995, target=target.module)
-    scenes = Scenes(options)
-    empty = encode_text(teacher["text_encoder"], [""])
+    peak = TUNING * PEAK[options.size]
+    run = Run(f"student-{options.seed}", options, student, peak, warm_up=100, decay=0.995, target=target.module)
+    scenes = Scenes(options, NOISE)
+    schedule = sampling.sigmas(LEVELS * SUBSTEPS).to(options.device)
+    with torch.no_grad():
+        empty = encode_text(encoder, [""])
     for step in run.steps():
-        latents, captions, _ = scenes.batch(options.seed + 1, step)
-        text = encode_text(teacher["text_encoder"], captions)
-        generator = torch.Generator().manual_seed((options.seed + 1) * 1_000_003 + step)
-        noise = torch.randn(latents.shape, generator=generator)
-        sigmas = (torch.randint(1, LEVELS + 1, (BATCH, 1, 1, 1), generator=generator) / LEVELS).to(options.device)
-        noisy = sigmas * noise.to(options.device) + (1 - sigmas) * latents.to(options.device)
-        wanted = end_of_path(teacher["unet"], target.module, noisy, sigmas, text, empty.expand_as(text))
-        error = endpoint(student, noisy, sigmas, text) - wanted
+        latents, captions, generator = scenes.batch((options.seed, 5), step)
+        text = encode_text(encoder, captions)
+        noise = torch.randn(latents.shape, generator=generator).to(options.device)
+        begin = SUBSTEPS * torch.randint(LEVELS, (len(latents),), generator=generator).to(options.device)
+        sigmas = schedule[begin].view(-1, 1, 1, 1)
+        noisy = sigmas * noise + (1 - sigmas) * latents.to(options.device)
+        with mixed(options.device):
+            velocity = sampling.guided(teacher, text, empty.expand_as(text), CFG)
+            wanted = end_of_path(velocity, target.module, noisy, schedule, begin, text)
+            error = endpoint(student, noisy, sigmas, text) - wanted
         # pseudo-Huber: rows that are far off do not drown the others
         loss = (error.square().mean((1, 2, 3)) + 1e-4).sqrt().mean()
         run.descend(step, loss, error=loss.item())
         target.update(student, step)
         if run.due(step):
-            model = {"unet": run.average.module, "text_encoder": teacher["text_encoder"]}
             for steps in (4, 2, 1):
-                told = sample(options, model, f"student-{steps}-{step + 1:06}", cfg=1.0, steps=steps)
+                name = f"{run.name}-{steps}-{step + 1:06}"
+                told = sample(options, run.average.module, encoder, name, cfg=1.0, steps=steps)
                 run.bar.write(f"{step + 1}, {steps} steps: {told}")
+
+
+def trained(options: Options) -> torch.nn.Module:
+    """The finished model that the student learns from."""
+    model = fresh(options)
+    model.load_state_dict(averaged(options.folder / f"{noisy_name(NOISE, options.seed)}.pt"))
+    return model.eval().requires_grad_(False)
 
 
 def endpoint(network, noisy: torch.Tensor, sigmas: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """Where the straight line along the network's velocity meets sigma 0."""
-    return noisy - sigmas * network(noisy, sigmas.flatten() * 1000, text).sample
+    return noisy - sigmas * network(noisy, sigmas.flatten() * 1000, text).sample.float()
 
 
 @torch.no_grad()
-def end_of_path(teacher, target, noisy, sigmas, text, empty) -> torch.Tensor:
+def end_of_path(velocity: sampling.Velocity, target, noisy, schedule, begin, text) -> torch.Tensor:
     """What the target network says one level further down the teacher's guided path; at the last level, where the
-    path ends."""
-    velocity = guided(teacher, text, empty, CFG)
-    stride = 1 / (LEVELS * SUBSTEPS)
-    for substep in range(SUBSTEPS):
-        noisy = noisy - stride * velocity(noisy, (sigmas - substep * stride).flatten())
-    below = sigmas - 1 / LEVELS
-    ends = endpoint(target, noisy, below, text)
-    return torch.where(below > 0.5 / LEVELS, ends, noisy)
+    path ends.
+
+    Args:
+        velocity: of the teacher.
+        noisy: (B, 4, 16, 16), at the steps `begin`, (B,), of the schedule (LEVELS * SUBSTEPS + 1,).
+    """
+    for step in range(SUBSTEPS):
+        now, then = schedule[begin + step], schedule[begin + step + 1]
+        noisy = noisy + (then - now).view(-1, 1, 1, 1) * velocity(noisy, now).float()
+    ends = endpoint(target, noisy, then.view(-1, 1, 1, 1), text)
+    return torch.where(then.view(-1, 1, 1, 1) > 0, ends, noisy)
