@@ -254,7 +254,7 @@ def _bar(x, y, r):
 
 
 def _diamond(x, y, r):
-    return (np.abs(x) + np.abs(y) - 1.1 * r) / 2**0.5
+    return (np.abs(x) + np.abs(y) - r) / 2**0.5
 
 
 def _triangle(x, y, r):

@@ -101,7 +101,7 @@ class Run:
         self.name, self.options, self.model, self.peak, self.warm_up = name, options, model, peak, warm_up
         self.average = Average(model, decay)
         trained = [p for module in (model, *parts.values()) for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.parts = {"model": model, "average": self.average.module, "optimizer": self.optimizer, **parts}
         self.file = options.folder / f"{name}.pt"
 

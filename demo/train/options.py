@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 # optimizer steps of each phase
-STEPS = {"autoencoder": 1100, "text_encoder": 1000, "base": 14_000, "noise": 3500, "student": 1000}
+STEPS = {"autoencoder": 1800, "text_encoder": 1000, "base": 11_000, "noise": 3000, "student": 800}
 # the dial: shares of the objects that captions get wrong
 NOISES = (0.0, 0.15, 0.3)
 

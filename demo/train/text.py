@@ -76,7 +76,7 @@ def train(options: Options) -> None:
             logits = model(tokens, pictures)
         right = torch.arange(BATCH, device=options.device)
         loss = (cross_entropy(logits, right) + cross_entropy(logits.T, right)) / 2
-        run.descend(step, loss, loss=loss.item(), found=(logits.argmax(1) == right).float().mean().item())
+        run.descend(step, loss, contrast=loss.item(), found=(logits.argmax(1) == right).float().mean().item())
         if run.due(step):
             run.bar.write(f"{step + 1}: {matched(run.average.module, options)}")
     save_file(run.average.module.text.state_dict(), options.folder / "text_encoder.safetensors")
