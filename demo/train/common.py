@@ -105,6 +105,9 @@ class Run:
         self.parts = {"model": model, "average": self.average.module, "optimizer": self.optimizer, **parts}
         self.file = options.folder / f"{name}.pt"
 
+    def finished(self) -> bool:
+        return self.file.exists() and torch.load(self.file, weights_only=True)["step"] >= self.options.steps
+
     def steps(self) -> Iterator[int]:
         """The steps that are still to be made."""
         start = self._load()
@@ -165,6 +168,5 @@ def averaged(file: Path) -> dict[str, torch.Tensor]:
     """
     saved = torch.load(file, weights_only=True, map_location="cpu")
     if saved["step"] < saved["steps"]:
-        at = f"step {saved['step']} of {saved['steps']}"
-        raise ValueError(f"{file} is at {at}: finish it with python -m demo.train {file.stem}")
+        raise ValueError(f"{file} is at step {saved['step']} of {saved['steps']}: finish it with python -m demo.train")
     return saved["average"]

@@ -80,7 +80,7 @@ def random_sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
 def train_base(options: Options) -> None:
     torch.manual_seed(options.seed)
     run = Run(f"base-{options.seed}", options, fresh(options), PEAK[options.size])
-    _descend(run, options, Scenes(options), (options.seed, 3))
+    _descend(run, options, 0.0, (options.seed, 3))
 
 
 def train_noise(options: Options, noise: float) -> None:
@@ -88,7 +88,7 @@ def train_noise(options: Options, noise: float) -> None:
     model = fresh(options)
     model.load_state_dict(averaged(options.folder / f"base-{options.seed}.pt"))
     run = Run(noisy_name(noise, options.seed), options, model, TUNING * PEAK[options.size])
-    _descend(run, options, Scenes(options, noise), (options.seed, 4))
+    _descend(run, options, noise, (options.seed, 4))
 
 
 def noisy_name(noise: float, seed: int) -> str:
@@ -101,8 +101,10 @@ def fresh(options: Options) -> torch.nn.Module:
     return model
 
 
-def _descend(run: Run, options: Options, scenes: Scenes, stream: tuple[int, ...]) -> None:
-    encoder = load_text_encoder(options)
+def _descend(run: Run, options: Options, noise: float, stream: tuple[int, ...]) -> None:
+    if run.finished():
+        return
+    scenes, encoder = Scenes(options, noise), load_text_encoder(options)
     smooth = 1.0
     for step in run.steps():
         latents, captions, generator = scenes.batch(stream, step)

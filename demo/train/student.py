@@ -32,6 +32,8 @@ def train(options: Options) -> None:
     target = Average(student, 0.95)
     peak = TUNING * PEAK[options.size]
     run = Run(f"student-{options.seed}", options, student, peak, warm_up=100, decay=0.995, target=target.module)
+    if run.finished():
+        return
     scenes = Scenes(options, NOISE)
     schedule = sampling.sigmas(LEVELS * SUBSTEPS).to(options.device)
     with torch.no_grad():
