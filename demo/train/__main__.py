@@ -1,8 +1,8 @@
 """Trains the demo model. By default everything, in order; what was finished is skipped, what was stopped goes on.
 
-Phases: autoencoder; text_encoder; and for each seed: base, on true captions; noise, the base model trained on with each
-share of mistakes; student. export writes what is shipped to demo/weights. SIGTERM, Ctrl-C or a file STOP in the folder
-end a run at its next step, saved.
+Phases: autoencoder and text_encoder, once; and for each seed: base, on true captions; noise, the base model trained on
+with each share of mistakes; student; checks, of oracle and text attention; export, which writes the shipped seed's
+models to demo/weights. SIGTERM, Ctrl-C or a file STOP in the folder end a run after its step, saved.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 
 from ..config import UNETS
-from . import autoencoder, diffusion, export, student, text
+from . import autoencoder, checks, diffusion, export, student, text
 from .options import NOISES, STEPS, Options, device
 
-PHASES = (*STEPS, "export")
+PHASES = (*STEPS, "checks", "export")
 
 
 def main() -> None:
@@ -58,6 +58,8 @@ def run(phase: str, options: Options) -> None:
             diffusion.train_noise(options, noise)
     elif phase == "student":
         student.train(options)
+    elif phase == "checks":
+        print(checks.show(options, student.trained(options)))
     else:
         export.export(options)
 

@@ -60,12 +60,13 @@ class Scenes:
 
     def batch(self, stream: Sequence[int], step: int) -> tuple[torch.Tensor, list[str], torch.Generator]:
         """Latents (B, 4, 16, 16), captions, and a generator for what else is random: the same for the same stream and
-        step."""
+        step; whatever the share of mistakes, but for the captions."""
         rng = np.random.default_rng([*stream, step])
         chosen = rng.integers(SCENES, size=self.size)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         captions = [describe(self.scenes[i], rng, self.noise).text for i in chosen]
         captions = ["" if rng.random() < DROPOUT else caption for caption in captions]
-        return self.latents[chosen], captions, torch.Generator().manual_seed(int(rng.integers(2**62)))
+        return self.latents[chosen], captions, generator
 
 
 def random_sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
