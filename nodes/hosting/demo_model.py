@@ -31,18 +31,18 @@ class DemoLatents(comfy.latent_formats.LatentFormat):
     spacial_downscale_ratio = config.DOWNSCALE
     # the best linear guess at the colours, for the sampler's previews
     latent_rgb_factors = [
-        [0.0082, 0.1372, 0.0596],
-        [-0.0924, -0.1287, -0.2587],
-        [-0.0337, -0.0898, -0.1206],
-        [0.2239, -0.0219, -0.1422],
+        [-0.0089, 0.1909, 0.2794],
+        [-0.1280, -0.0788, -0.0995],
+        [-0.1198, -0.1715, -0.2648],
+        [0.0388, -0.1890, -0.3854],
     ]
-    latent_rgb_factors_bias = [0.9034, 0.8910, 0.8847]
+    latent_rgb_factors_bias = [0.9198, 0.9142, 0.8988]
 
 
 class DemoConfig(comfy.supported_models_base.BASE):
     unet_extra_config: dict = {}
     latent_format = DemoLatents
-    sampling_settings = {"shift": 1.0}
+    sampling_settings = {"shift": config.SHIFT}
     # as small as it is, half precision would save nothing and cost the identity with diffusers
     supported_inference_dtypes = [torch.float32]
 
