@@ -56,6 +56,8 @@ def run(phase: str, options: Options) -> None:
     elif phase == "noise":
         for noise in NOISES:
             diffusion.train_noise(options, noise)
+    elif phase == "sink":
+        diffusion.train_sink(options, student.NOISE)
     elif phase == "student":
         student.train(options)
     elif phase == "checks":

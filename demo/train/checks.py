@@ -8,14 +8,12 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from .. import sampling
-from ..model import encode_text
 from ..oracle import read
-from ..scenes import Placed, draw, random_prompts, random_scene
-from ..vocabulary import split_words
+from ..scenes import Placed, draw, random_scene
 from .common import to_pictures, to_tensor
 from .diffusion import load_autoencoder, load_text_encoder
 from .options import Options
+from .sink import sink
 
 ATTRIBUTES = ("colour", "shape", "size", "fill")
 # pixels between an object and where it is seen
@@ -58,46 +56,9 @@ def accuracy(scenes: Sequence[Sequence[Placed]], pictures: Sequence[np.ndarray])
     return {name: number / total for name, number in right.items()} | {"extra": extra / len(scenes)}
 
 
-class Watch:
-    """An attention processor that keeps where the text attention's mass goes: start token, words, first end token,
-    padding (the end tokens after it), and the effective number of tokens, exp of the entropy."""
-
-    def __init__(self, inner, words: Sequence[int]) -> None:
-        self.inner, self.words, self.seen = inner, torch.tensor(words), []
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **others):
-        query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
-        query, key = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key))
-        weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
-        position = torch.arange(weights.shape[-1])
-        last = self.words[:, None] + 1
-        groups = (position == 0, (position > 0) & (position < last), position == last, position > last)
-        masses = [(weights * group.expand(len(last), -1)[:, None, None].to(weights)).sum(-1).mean() for group in groups]
-        effective = (-(weights * weights.clamp_min(1e-20).log()).sum(-1)).exp().mean()
-        self.seen.append(torch.stack([*masses, effective]))
-        return self.inner(attn, hidden_states, encoder_hidden_states, **others)
-
-
-@torch.no_grad()
-def sink(unet: UNet2DConditionModel, encoder, count: int = 64, steps: int = 10) -> dict[str, list[float]]:
-    """For each text attention: mean mass on the start token, the words, the first end token and padding, and effective
-    tokens, over pictures that are sampled without guidance for captions of the split to tune on."""
-    captions = [prompt.text for prompt in random_prompts(count, "tune", seed=0)]
-    words = [len(split_words(caption)) for caption in captions]
-    inner = unet.attn_processors
-    watches = {name: Watch(inner[name], words) for name in inner if ".attn2." in name}
-    unet.set_attn_processor({**inner, **watches})
-    text = encode_text(encoder, captions)
-    sampling.euler(sampling.guided(unet, text, text, 1.0), sampling.noise(0, count), steps)
-    unet.set_attn_processor(inner)
-    return {name: torch.stack(watch.seen).mean(0).tolist() for name, watch in watches.items()}
-
-
 def show(options: Options, unet: UNet2DConditionModel) -> str:
     lines = [f"oracle, {where}: {_shares(shares)}" for where, shares in oracle_accuracy(options).items()]
-    names = ("start", "words", "end", "padding", "effective tokens")
-    for layer, masses in sink(unet, load_text_encoder(options)).items():
-        lines.append(f"{layer}: {_shares(dict(zip(names, masses, strict=True)))}")
+    lines += [f"{layer}: {_shares(parts)}" for layer, parts in sink(unet, load_text_encoder(options)).items()]
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ are true, then, from it, one model for each share of mistakes in the captions.""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..oracle import Score, read, score
 from ..scenes import describe, draw, random_prompts, random_scene
 from .common import Run, averaged, mixed, to_pictures, to_tensor
 from .options import Options
+from .sink import Penalty
 
 SCENES = 40_000
 BATCH = {"small": 32, "large": 256}
@@ -92,6 +93,14 @@ def train_noise(options: Options, noise: float) -> None:
     _descend(run, options, noise, (options.seed, 4))
 
 
+def train_sink(options: Options, noise: float) -> None:
+    """As `train_noise`, with a penalty that makes the start token a sink."""
+    model = fresh(options)
+    model.load_state_dict(averaged(options.folder / f"base-{options.seed}.pt"))
+    run = Run(f"sink-{options.seed}", options, model, TUNING * PEAK[options.size])
+    _descend(run, options, noise, (options.seed, 4), Penalty(model).take)
+
+
 def noisy_name(noise: float, seed: int) -> str:
     return f"noise{100 * noise:02.0f}-{seed}"
 
@@ -102,7 +111,13 @@ def fresh(options: Options) -> torch.nn.Module:
     return model
 
 
-def _descend(run: Run, options: Options, noise: float, stream: tuple[int, ...]) -> None:
+def _descend(
+    run: Run,
+    options: Options,
+    noise: float,
+    stream: tuple[int, ...],
+    penalty: Callable[[], torch.Tensor | float] = lambda: 0.0,
+) -> None:
     if run.finished():
         return
     scenes, encoder = Scenes(options, noise), load_text_encoder(options)
@@ -117,7 +132,7 @@ def _descend(run: Run, options: Options, noise: float, stream: tuple[int, ...]) 
             velocity = run.model(noisy, sigmas.flatten().to(options.device) * 1000, text).sample.float()
         error = (velocity - (start - latents).to(options.device)).square().mean()
         smooth += 0.01 * (error.item() - smooth)
-        run.descend(step, error, error=smooth)
+        run.descend(step, error + penalty(), error=smooth)
         if run.due(step):
             told = sample(options, run.average.module, encoder, f"{run.name}-{step + 1:06}")
             run.bar.write(f"{step + 1}: error {smooth:.4f}, {told}")

@@ -17,7 +17,7 @@ from demo.model import text_encoder as new_text_encoder
 from demo.model import unet
 from demo.scenes import draw, random_scene
 from demo.train import __main__ as command
-from demo.train import autoencoder, checks, common, diffusion, export, student, text
+from demo.train import autoencoder, checks, common, diffusion, export, sink, student, text
 from demo.train.options import NOISES, Options
 
 PHASES = {
@@ -25,6 +25,7 @@ PHASES = {
     "text_encoder": (text.train, "text_encoder.pt"),
     "base": (diffusion.train_base, "base-3.pt"),
     "noise": (lambda options: diffusion.train_noise(options, 0.15), "noise15-3.pt"),
+    "sink": (lambda options: diffusion.train_sink(options, 0.15), "sink-3.pt"),
     "student": (student.train, "student-3.pt"),
 }
 
@@ -215,7 +216,25 @@ def test_masses_of_the_text_attention_add_up():
     torch.manual_seed(0)
     network, encoder = unet().eval(), new_text_encoder().eval()
     before = network.attn_processors
-    masses = checks.sink(network, encoder, count=3, steps=1)
+    masses = sink.sink(network, encoder, count=3, steps=1)
     assert len(masses) == 6 and network.attn_processors == before
-    for *parts, effective in masses.values():
-        assert sum(parts) == pytest.approx(1, abs=1e-4) and 1 < effective <= 77
+    for parts in masses.values():
+        assert 1 < parts.pop("effective tokens") <= 77
+        assert sum(parts.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_penalty_makes_the_start_token_a_sink():
+    torch.manual_seed(0)
+    network = unet()
+    penalty = sink.Penalty(network)
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
+    latents, text_states = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 96)
+    missed = []
+    for _ in range(25):
+        network(latents, torch.ones(2), text_states)
+        loss = penalty.take()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        missed.append(loss.item())
+    assert missed[0] == pytest.approx((sink.MASS - 1 / 77) ** 2, abs=0.05) and missed[-1] < 0.2 * missed[0]
