@@ -1,8 +1,9 @@
 """Trains the demo model. By default everything, in order; what was finished is skipped, what was stopped goes on.
 
 Phases: autoencoder and text_encoder, once; and for each seed: base, on true captions; noise, the base model trained on
-with each share of mistakes; student; checks, of oracle and text attention; export, which writes the shipped seed's
-models to demo/weights. SIGTERM, Ctrl-C or a file STOP in the folder end a run after its step, saved.
+with each share of mistakes; sink, for the shipped seed alone, with a start token that is made one; student; checks, of
+oracle and text attention; export, which writes the shipped seed's models to demo/weights. SIGTERM, Ctrl-C or a file
+STOP in the folder end a run after its step, saved.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from ..config import UNETS
 from . import autoencoder, checks, diffusion, export, student, text
-from .options import NOISES, STEPS, Options, device
+from .options import NOISES, SHIPPED, STEPS, Options, device
 
 PHASES = (*STEPS, "checks", "export")
 
@@ -57,7 +58,8 @@ def run(phase: str, options: Options) -> None:
         for noise in NOISES:
             diffusion.train_noise(options, noise)
     elif phase == "sink":
-        diffusion.train_sink(options, student.NOISE)
+        if options.seed == SHIPPED:
+            diffusion.train_sink(options, student.NOISE)
     elif phase == "student":
         student.train(options)
     elif phase == "checks":

@@ -8,11 +8,8 @@ from safetensors.torch import load_file, save_file
 from .. import config
 from .common import averaged
 from .diffusion import noisy_name
-from .options import Options
+from .options import SHIPPED, Options
 from .student import NOISE
-
-# the seed whose models are shipped
-SEED = 0
 
 
 def export(options: Options) -> None:
@@ -21,13 +18,13 @@ def export(options: Options) -> None:
     Raises:
         ValueError: a run has not come to its end.
     """
-    if options.seed != SEED:
+    if options.seed != SHIPPED:
         return
     config.WEIGHTS.mkdir(exist_ok=True)
     for name in ("autoencoder", "text_encoder"):
         _write(name, load_file(options.folder / f"{name}.safetensors"))
-    _write("unet", averaged(options.folder / f"{noisy_name(NOISE, SEED)}.pt"))
-    _write("unet_few_step", averaged(options.folder / f"student-{SEED}.pt"))
+    _write("unet", averaged(options.folder / f"{noisy_name(NOISE, SHIPPED)}.pt"))
+    _write("unet_few_step", averaged(options.folder / f"student-{SHIPPED}.pt"))
 
 
 def _write(name: str, weights: dict[str, torch.Tensor]) -> None:

@@ -23,7 +23,7 @@ from benchmarks.alignment_demo import (
 )
 from demo.attention import TextAttention
 from demo.oracle import Score
-from demo.scenes import COLOURS, KINDS, Kind, Prompt
+from demo.scenes import COLOURS, SHAPES, Kind, Prompt
 
 ROOT = Path(__file__).parents[2]
 GRID = (TextAttention(0.5), TextAttention(1.0, 2.0))
@@ -95,7 +95,7 @@ def test_measures():
 
 def prompts(sets: int, each: int = 1) -> list[Prompt]:
     """`each` captions of every one of so many sets of objects."""
-    kinds = [Kind(colour, shape) for colour in COLOURS for shape in KINDS]
+    kinds = [Kind(colour, shape) for colour in COLOURS for shape in SHAPES]
     return [Prompt(f"{number} {again}", (kinds[number],)) for number in range(sets) for again in range(each)]
 
 
