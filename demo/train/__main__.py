@@ -9,6 +9,7 @@ STOP in the folder end a run after its step, saved.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from ..config import UNETS
@@ -51,7 +52,7 @@ def run(phase: str, options: Options) -> None:
     """One phase, for one seed, from where it stopped. Autoencoder and text encoder are trained once, for all seeds."""
     if phase in ("autoencoder", "text_encoder"):
         if not (options.folder / f"{phase}.safetensors").exists():
-            {"autoencoder": autoencoder, "text_encoder": text}[phase].train(options)
+            {"autoencoder": autoencoder, "text_encoder": text}[phase].train(replace(options, seed=SHIPPED))
     elif phase == "base":
         diffusion.train_base(options)
     elif phase == "noise":
