@@ -64,7 +64,7 @@ def run(phase: str, options: Options) -> None:
     elif phase == "student":
         student.train(options)
     elif phase == "checks":
-        print(checks.show(options, student.trained(options)))
+        print(checks.show(options))
     else:
         export.export(options)
 

@@ -105,6 +105,13 @@ def noisy_name(noise: float, seed: int) -> str:
     return f"noise{100 * noise:02.0f}-{seed}"
 
 
+def load_noise(options: Options, noise: float) -> torch.nn.Module:
+    """The finished model of that share of mistakes."""
+    model = fresh(options)
+    model.load_state_dict(averaged(options.folder / f"{noisy_name(noise, options.seed)}.pt"))
+    return model.eval().requires_grad_(False)
+
+
 def fresh(options: Options) -> torch.nn.Module:
     model = unet(options.size).to(options.device)
     model.set_attn_processor(TextAttention())

@@ -7,8 +7,8 @@ import torch
 
 from .. import sampling
 from ..model import encode_text
-from .common import Average, Run, averaged, mixed
-from .diffusion import PEAK, Scenes, fresh, load_text_encoder, noisy_name, sample
+from .common import Average, Run, mixed
+from .diffusion import PEAK, Scenes, fresh, load_noise, load_text_encoder, sample
 from .options import Options
 
 # the teacher: the model that is shipped, of this share of mistakes in its captions
@@ -25,7 +25,7 @@ SUBSTEPS = 2
 
 def train(options: Options) -> None:
     torch.manual_seed(options.seed)
-    teacher, encoder = trained(options), load_text_encoder(options)
+    teacher, encoder = load_noise(options, NOISE), load_text_encoder(options)
     student = fresh(options)
     student.load_state_dict(teacher.state_dict())
     # a quick average, that the student learns from; the slow one of the run is shipped
@@ -58,13 +58,6 @@ def train(options: Options) -> None:
                 name = f"{run.name}-{steps}-{step + 1:06}"
                 told = sample(options, run.average.module, encoder, name, cfg=1.0, steps=steps)
                 run.bar.write(f"{step + 1}, {steps} steps: {told}")
-
-
-def trained(options: Options) -> torch.nn.Module:
-    """The finished model that the student learns from."""
-    model = fresh(options)
-    model.load_state_dict(averaged(options.folder / f"{noisy_name(NOISE, options.seed)}.pt"))
-    return model.eval().requires_grad_(False)
 
 
 def endpoint(network, noisy: torch.Tensor, sigmas: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
