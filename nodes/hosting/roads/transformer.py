@@ -3,17 +3,20 @@
 A text module is known since the node ran. When it is entered, it gets transformer_options with an attention override
 of its own (comfy/ldm/modules/attention.py, wrap_attn); where its calls go past these options, the function that carries
 them is diverted while it runs. No other attention of the network sees anything of it, and an override that another node
-has set computes the dense part.
+has set, or the kernel that a checkpoint prefers, computes the dense part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import comfy.ops
 import torch
 from comfy.ldm.modules import attention as host_attention
+from torch.nn.attention import sdpa_kernel
 
 from ....pladis_core import (
     add_capped,
@@ -29,8 +32,9 @@ from ..models.families import JOINT
 from ..models.layers import Layer
 from ..models.spans import Inserted, Places, Row, Span, place
 from ..running import KEY, ModelCall, current_call, in_backward
-from .attention_call import READERS, AttentionCall, one_row_each
+from .attention_call import READERS, AttentionCall, one_row_each, taken_over
 from .direct import divert, diverted_functions
+from .preferred import divert_preference, preferences
 from .streams import StreamProbe
 
 Attention = Callable[..., torch.Tensor]
@@ -38,13 +42,15 @@ OVERRIDE = "optimized_attention_override"
 # the host's own softmax attention, for which torch's is the same mathematics, on a CPU much faster
 SOFTMAX = {"cuda": ("attention_pytorch",),
            "cpu": ("attention_pytorch", "attention_sub_quad", "attention_split", "attention_basic")}  # fmt: skip
+# elements of the query below which the host leaves the choice to torch (comfy/ops.py)
+SMALL = 1024 * 128
 WAY_OUT = (
     "Another node changed the tokens of this block in a way that PLADIS cannot follow. Remove that node, or Apply "
     "PLADIS."
 )
 
 
-def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> None:
+def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> tuple[()]:
     """The options of this call, and what its text modules do when they are entered."""
     family = call.target.family
     call.options = {**transformer_options, KEY: call}
@@ -55,6 +61,7 @@ def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> None:
         row = family.row(call.target.network(), call.arguments)
         call.row = JointRow(row, probe)
     call.ahead = family.ahead(call.target.network(), call.arguments)
+    return ()
 
 
 def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed:
@@ -66,7 +73,8 @@ def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed
     override = partial(TextOverride, call, layer, family.calls(handed), handed.rows if family.flat else None)
     if call.undo:
         raise call.lost_hooks()
-    for function in diverted_functions(family.diverted, handed):
+    functions = diverted_functions(family.diverted, handed)
+    for function in functions:
         call.undo.append(divert(function, override(None)))
     if not handed.takes(OPTIONS):
         return handed
@@ -76,6 +84,11 @@ def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed
     if isinstance(resident, TextOverride):
         # of an earlier call, in options that another pack kept
         resident = resident.resident
+    preferred = preferences(handed.module) if resident is None else []
+    if preferred:
+        for preference in preferred if not functions else ():
+            call.undo.append(divert_preference(preference, override(None)))
+        return handed.with_options({key: value for key, value in options.items() if key != OVERRIDE})
     return handed.with_options({**options, OVERRIDE: override(resident)})
 
 
@@ -144,25 +157,38 @@ class TextOverride:
         self._lengths = {span.length for span in calls}
 
     def __call__(self, function: Attention, *args, diverted: str = "", **kwargs) -> torch.Tensor:
-        """`diverted`: how a function that was diverted is called; empty for the host's own call of an override."""
-        if diverted and isinstance((kwargs.get(OPTIONS) or {}).get(OVERRIDE), TextOverride):
+        """`diverted`: what the call was diverted from; empty for the host's own call of an override."""
+        by_options = (kwargs.get(OPTIONS) or {}).get(OVERRIDE)
+        if diverted and isinstance(by_options, TextOverride):
             # it comes here again by its options
             return function(*args, **kwargs)
         dense = function if self.resident is None else partial(self.resident, function)
         if current_call() is not self.call and not in_backward():
             # its call is over: another pack kept the options
             return dense(*args, **kwargs)
-        args = _taken(args)
-        attention = READERS[diverted or "host"](*args, **kwargs)
+        attention = READERS[diverted](*args, **kwargs)
         if self.rows is not None:
             attention = one_row_each(attention, self.rows)
-        # what stands in a host's module may be another pack's, and is always asked
-        alone = function if self.resident is None and diverted in ("", "torch") else None
-        out = self._changed(attention, alone, partial(dense, *args, **kwargs)) if self._is_text(attention) else None
+        out = None
+        if self._is_text(attention):
+            args = taken_over(args)
+            alone = function if self._alone(function, diverted) else None
+            out = self._changed(attention, alone, partial(dense, *args, **kwargs))
+        # the host frees its tensors early
+        del attention
         if out is None:
             return dense(*args, **kwargs)
         self.call.reached.add(self.layer)
         return out
+
+    def _alone(self, function: Attention, diverted: str) -> bool:
+        """Whether nobody else has a say in this attention.
+
+        What stands in a host's module may be another pack's, and is always asked, and so is what a checkpoint prefers.
+        """
+        if diverted == "preference":
+            return function is host_attention.optimized_attention
+        return self.resident is None and diverted in ("", "torch")
 
     def _is_text(self, attention: AttentionCall) -> bool:
         """By the length of its keys; of two calls with the same, by their order."""
@@ -220,7 +246,8 @@ class TextOverride:
         settings, segments = self._settings_and_segments(attention)
         lse = result = None
         if alone is not None and getattr(alone, "__name__", "") in SOFTMAX.get(q.device.type, ()):
-            result = attention_with_lse(q, k, v, attention.mask, scale, enable_gqa=grouped)
+            with kernels_as_the_host_orders_them(q):
+                result = attention_with_lse(q, k, v, attention.mask, scale, enable_gqa=grouped)
         if result is not None:
             view, lse = result
         else:
@@ -265,7 +292,9 @@ def _added(dense: torch.Tensor, correction: torch.Tensor, cap: float) -> torch.T
     return add_capped(dense, correction, cap) if cap else dense.add_(correction)
 
 
-def _taken(args: tuple) -> tuple:
-    """Newer hosts hand q, k and v over in containers, so that they can be freed early (AttentionTensorContainer)."""
-    container = getattr(host_attention, "AttentionTensorContainer", ())
-    return tuple(arg.take() if isinstance(arg, container) else arg for arg in args)
+def kernels_as_the_host_orders_them(query: torch.Tensor):
+    """torch picks its kernel as it does for the host (comfy/ops.py, scaled_dot_product_attention)."""
+    order = getattr(comfy.ops, "SDPA_BACKEND_PRIORITY", None)
+    if order is None or query.nelement() < SMALL:
+        return nullcontext()
+    return sdpa_kernel(order, set_priority=True)
