@@ -1,8 +1,9 @@
-"""Runs every file of tests/host in the Python of a real ComfyUI: the newest that is supported, and the oldest; and the
-browser's tests, in this Python, on a server of each.
+"""Runs every file of tests/host in the Python of a real ComfyUI: the newest of which there is a checkout, the oldest
+that is supported, and the next; and the browser's tests, in this Python, on a server of each.
 
 The newest is looked for at $COMFYUI_PATH, else ~/comfy/ComfyUI; the oldest at $COMFYUI_PATH_OLDEST, else
-~/comfy/ComfyUI-0.20.0. Its Python is $COMFYUI_PYTHON (for the newest), else the `.venv` inside the checkout.
+~/comfy/ComfyUI-0.20.0; the next, whatever of a newer version could be had, at $COMFYUI_PATH_NEXT, else
+~/comfy/ComfyUI-next. Its Python is $COMFYUI_PYTHON (for the newest), else the `.venv` inside the checkout.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 HOSTS = {
     "newest": ("COMFYUI_PATH", "~/comfy/ComfyUI"),
     "oldest": ("COMFYUI_PATH_OLDEST", "~/comfy/ComfyUI-0.20.0"),
+    "next": ("COMFYUI_PATH_NEXT", "~/comfy/ComfyUI-next"),
 }
 # pytest and entmax come from this environment where the host has none; last in line, so the host's own packages win
 BOOTSTRAP = """

@@ -49,7 +49,9 @@ class Family:
     the functions that carry the attention of modules which never get transformer_options. `flat`: the batch's prompts
     lie one after the other in one row. `calls` tells the attention calls of one module by the length of their keys,
     where not all of them are text. `ahead` counts the queries in front of those of the picture (-1: all that are not
-    the picture's), for who draws maps. `since`: the oldest tested ComfyUI that has the family; empty: a pack's.
+    the picture's), for who draws maps. `experts`: paths of the modules of each network in the network, of
+    which a step runs one. `apart`: the end of the paths of modules that read another text than the argument `text`.
+    `since`: the oldest tested ComfyUI that has the family; empty: a pack's.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Family:
     flat: bool = False
     calls: Callable[[Handed], tuple[Span, ...]] = lambda handed: ()
     ahead: Callable[[Any, Mapping[str, Any]], int] = lambda network, arguments: 0
+    experts: tuple[tuple[str, ...], ...] = ()
+    apart: str = ""
     reason: str = ""
     since: str = "0.20.0"
 
@@ -124,9 +128,12 @@ TABLE = (
            diverted=(Diverted("models.qwenimage", "optimized_attention_masked"),), since=""),
     Family("MageFlow", JOINT, ("comfy.ldm.mage_flow.model.MageFlowTransformer2DModel",), TRANSFORMER_BLOCKS,
            text_image(), "none, or masked: out", text_tensor="encoder_hidden_states", since="0.33.0"),
-    Family("Lumina 2, NewBie, Z-Image (Omni, pixel)", JOINT, ("comfy.ldm.lumina.model.NextDiT",), LAYERS,
-           spans.lumina, "Lumina 2: none. Z-Image: learned ones to a multiple of 32, not masked, which carry text "
-           "after the refiner: take part"),
+    Family("Qwen-Image 2.1", JOINT, ("comfy.ldm.qwen_image21.model.QwenImage21Transformer2DModel",),
+           TRANSFORMER_BLOCKS, spans.qwen_image21, NO_PADS, diverted=(Diverted("comfy.ldm.qwen_image21.model"),),
+           since="0.38.1"),
+    Family("Lumina 2, NewBie, Z-Image (Omni, pixel), Ming-Image", JOINT, ("comfy.ldm.lumina.model.NextDiT",), LAYERS,
+           spans.lumina, "Lumina 2: none. Z-Image, Ming-Image-Layer: learned ones to a multiple of 32, not masked, "
+           "which carry text after the refiner: take part"),
     Family("HunyuanVideo 1 and 1.5, SkyReels, HunyuanCustom, HunyuanImage 2.1", JOINT,
            ("comfy.ldm.hunyuan_video.model.HunyuanVideo",), DOUBLE_SINGLE, spans.hunyuan_video,
            "none, or masked: out. Vision tokens do not take part, glyph tokens do", text_tensor="txt",
@@ -179,6 +186,14 @@ TABLE = (
            pads="zeros to 512, not masked: take part"),
     Family("Kandinsky 5", CROSS, ("comfy.ldm.kandinsky5.model.Kandinsky5",),
            ("visual_transformer_blocks.*.cross_attention",), pads=NO_PADS),
+    Family("Kandinsky 6, video and audio", CROSS, ("comfy.ldm.kandinsky6.model.Kandinsky6NativeAVDiT",),
+           ("visual_blocks.*.videoT.cross_attention", "visual_blocks.*.audioT.cross_attention"), pads=NO_PADS,
+           since="0.38.1"),
+    Family("Prism, video and audio", CROSS, ("comfy.ldm.prism.model.Prism",),
+           ("fusion_blocks.*.video_block.cross_attn", "fusion_blocks.*.audio_block.cross_attn",
+           "remaining_video_blocks.*.cross_attn", "video_dit_2.blocks.*.cross_attn"), pads=NO_PADS,
+           experts=(("fusion_blocks.*.video_block.*", "remaining_video_blocks.*"), ("video_dit_2.*",)),
+           apart=".audio_block.cross_attn", since="0.38.1"),
     Family("PixArt alpha, sigma", CROSS, ("comfy.ldm.pixart.pixartms.PixArtMS",), ("blocks.*.cross_attn",),
            pads=NO_PADS, diverted=(Diverted("comfy.ldm.pixart.blocks"),)),
     Family("HunyuanDiT", CROSS, ("comfy.ldm.hydit.models.HunYuanDiT",), ("blocks.*.attn2",),
@@ -199,14 +214,18 @@ TABLE = (
            "Version 3 subtracts a second attention: PLADIS is in both", ahead=lambda network, arguments: -1),
     Family("Hunyuan3D, Trellis 2, TripoSplat", UNSUPPORTED, (
            "comfy.ldm.hunyuan3d.model.Hunyuan3Dv2", "comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain",
-           "comfy.ldm.trellis2.model.Trellis2", "comfy.ldm.triposplat.model.LatentSeqMMFlowModel"),
+           "comfy.ldm.hunyuan3d.paint.unet.UNet2p5DConditionModel", "comfy.ldm.trellis2.model.Trellis2",
+           "comfy.ldm.triposplat.model.LatentSeqMMFlowModel"),
            reason="It has no text attention: it attends to an image"),
     Family("SeedVR2, MiniMax-Music, PiD", UNSUPPORTED, (
            "comfy.ldm.seedvr.model.NaDiT", "comfy.ldm.minimax_music.dit.MiniMaxMusic3DiT",
            "comfy.ldm.pixeldit.pid.PidNet"),
            reason="This pack does not cover it: where its attention reads a prompt, if it does, has not been tested"),
-    Family("HiDream-O1", UNSUPPORTED, ("comfy.ldm.hidream_o1.model.HiDreamO1Transformer",),
-           reason="It is a language model: text and image are one causal sequence, which PLADIS does not cover"),
+    Family("HiDream-O1, SenseNova U1.5, YuE2", UNSUPPORTED, (
+           "comfy.ldm.hidream_o1.model.HiDreamO1Transformer", "comfy.ldm.sensenova.model.SenseNovaU15",
+           "comfy.ldm.yue2.model.YuE2"),
+           reason="It is a language model: the prompt and what is made are one causal sequence, which PLADIS does not "
+                  "cover"),
 )
 # fmt: on
 NAMES = {name: family for family in TABLE for name in family.classes}

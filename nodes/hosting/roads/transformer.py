@@ -8,6 +8,7 @@ has set, or the kernel that a checkpoint prefers, computes the dense part.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -172,7 +173,7 @@ class TextOverride:
         out = None
         if self._is_text(attention):
             args = taken_over(args)
-            alone = function if self._alone(function, diverted) else None
+            alone = function if self._alone(function, diverted, kwargs) else None
             out = self._changed(attention, alone, partial(dense, *args, **kwargs))
         # the host frees its tensors early
         del attention
@@ -181,11 +182,15 @@ class TextOverride:
         self.call.reached.add(self.layer)
         return out
 
-    def _alone(self, function: Attention, diverted: str) -> bool:
+    def _alone(self, function: Attention, diverted: str, kwargs: dict[str, Any]) -> bool:
         """Whether nobody else has a say in this attention.
 
         What stands in a host's module may be another pack's, and is always asked, and so is what a checkpoint prefers.
         """
+        if diverted == "host":
+            preferred = getattr(kwargs.get("preferred_attention"), "function", None)
+            overridden = OVERRIDE in (kwargs.get(OPTIONS) or {})
+            return function in _host_functions() and preferred is None and not overridden
         if diverted == "preference":
             return function is host_attention.optimized_attention
         return self.resident is None and diverted in ("", "torch")
@@ -232,7 +237,9 @@ class TextOverride:
     def _text_of(self, segment: Segment, attention: AttentionCall):
         """Queries, keys, values and mask of a segment; a prompt that the host repeated counts once."""
         tokens = self.call.batch.tokens
-        repeated = segment.length not in (None, tokens) and attention.k.shape[2] == tokens
+        apart = self.call.target.family is not None and self.call.target.family.apart
+        of_prompt = not apart or not self.layer.path.endswith(apart)
+        repeated = of_prompt and segment.length not in (None, tokens) and attention.k.shape[2] == tokens
         columns = slice(0, segment.length) if repeated else slice(None)
         rows = segment.rows
         q, k, v = attention.q[rows], attention.k[rows][:, :, columns], attention.v[rows][:, :, columns]
@@ -254,12 +261,13 @@ class TextOverride:
             out = dense().clone()
             view = attention.view(out)
         rows = slice(None) if places.image is None else places.image
-        whole = places.text.stop - places.text.start
+        columns = torch.arange(k.shape[2])[places.text]
+        whole = len(columns)
         for segment in segments:
-            batch, start = segment.rows, places.text.start
+            batch = segment.rows
             # a prompt that the host repeated counts once
             length = whole if segment.length in (None, self.call.batch.tokens) else segment.length
-            text = slice(start, start + length)
+            text = _as_slice(columns[:length])
             queries = q[batch][:, :, rows]
             row_lse = (
                 log_sum_exp(
@@ -285,11 +293,30 @@ class TextOverride:
 
     def _watch(self, *tensors, **others) -> None:
         if self.call.watch is not None:
-            self.call.watch(self.layer, *tensors, **others, ahead=self.call.ahead)
+            with outside_the_hosts_memory_plan():
+                self.call.watch(self.layer, *tensors, **others, ahead=self.call.ahead)
+
+
+def _as_slice(columns: torch.Tensor) -> slice | torch.Tensor:
+    """Of columns in a row, so that they are a view."""
+    first, last = int(columns[0]), int(columns[-1])
+    return slice(first, last + 1) if last + 1 - first == len(columns) else columns
 
 
 def _added(dense: torch.Tensor, correction: torch.Tensor, cap: float) -> torch.Tensor:
     return add_capped(dense, correction, cap) if cap else dense.add_(correction)
+
+
+def _host_functions() -> tuple[Attention, Attention]:
+    return host_attention.optimized_attention, host_attention.optimized_attention_masked
+
+
+def outside_the_hosts_memory_plan():
+    """For what is kept longer than a model call: newer hosts plan the memory of some networks' evaluations
+    (comfy/model_prefetch.py, malloc_graph_begin)."""
+    prefetch = sys.modules.get("comfy.model_prefetch")
+    pause = getattr(prefetch, "pause_malloc_graph", nullcontext)
+    return pause()
 
 
 def kernels_as_the_host_orders_them(query: torch.Tensor):
