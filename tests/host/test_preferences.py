@@ -7,13 +7,17 @@ import threading
 import weakref
 
 import comfy.ldm.modules.attention as host_attention
+import comfy.ops
 import pytest
 import torch
 from newer_host import IS_NEWER, OVERRIDE, Container, Kernels, call_as_newer_hosts_do
+from torch.nn.attention import SDPBackend
 
 import families
 import tiny
+from pladis_pack.nodes.hosting.roads import transformer
 from pladis_pack.nodes.hosting.roads.preferred import divert_preference
+from pladis_pack.pladis_core import attention_with_lse
 from tiny import apply
 
 U_NET = "SD15"
@@ -160,6 +164,28 @@ def test_two_threads_on_one_preference(monkeypatch):
     for thread in threads:
         thread.join()
     assert not wrong and preference.function is kernel
+
+
+@pytest.mark.parametrize("small", (0, 1 << 30))
+def test_torch_picks_its_kernel_in_the_hosts_order(small, monkeypatch):
+    """For the dense part of a joint row, which comes with its log-sum-exp (comfy/ops.py)."""
+    priority = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+    monkeypatch.setattr(comfy.ops, "SDPA_BACKEND_PRIORITY", priority, raising=False)
+    monkeypatch.setattr(transformer, "SMALL", small)
+    orders = []
+
+    def compute(*args, **kwargs):
+        orders.append(torch._C._get_sdp_priority_order()[: len(priority)])
+        return attention_with_lse(*args, **kwargs)
+
+    monkeypatch.setattr(transformer, "attention_with_lse", compute)
+    before = torch._C._get_sdp_priority_order()
+    kind = Kind("Flux.1")
+    kind.sample(apply(kind.model))
+    # a query that is small is left to torch
+    expected = before[: len(priority)] if small else [backend.value for backend in priority]
+    assert orders and all(order == expected for order in orders)
+    assert torch._C._get_sdp_priority_order() == before
 
 
 @pytest.mark.skipif(not hasattr(host_attention, "AttentionTensorContainer"), reason="this ComfyUI has no containers")
