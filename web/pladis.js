@@ -1,12 +1,14 @@
-// What the Apply nodes show besides their inputs: a plot of the weights and a picker of blocks. Display only: what a
-// workflow saves and what runs are the inputs alone.
+// What the Apply nodes show besides their inputs: a plot of the weights with what the last run did beneath it, and a
+// picker of blocks. Display only: what a workflow saves and what runs are the inputs alone.
 
 import { app } from "../../scripts/app.js";
 import { blocksAt, reportBlocks } from "./pladis_models.js";
 import { blockPicker, PICKER_PADDING } from "./pladis_picker.js";
 import { weightsPlot } from "./pladis_plot.js";
+import { receiptOf } from "./pladis_receipt.js";
 
-const PLOT_HEIGHT = 115;
+// with two lines of words: they must not change the node's height, which would be an undo step of its own
+const PLOT_HEIGHT = 148;
 // a long list of blocks scrolls
 const MOST_PICKER_HEIGHT = 240;
 const LEAST_WIDTH = 320;
@@ -28,7 +30,9 @@ function addPlot(node) {
   const plot = weightsPlot();
   plot.root.style.minHeight = `${PLOT_HEIGHT}px`;
   addPanel(node, "pladis_plot", plot.root, { getMinHeight: () => PLOT_HEIGHT + 2 * MARGIN });
-  follow(node, plot, () => ({ scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha") }));
+  follow(node, plot, () => ({
+    scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha"), receipt: receiptOf(node),
+  }));
 }
 
 function addPicker(node) {

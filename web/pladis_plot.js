@@ -1,4 +1,4 @@
-// A small plot of what scale and alpha do to one row of attention weights.
+// A small plot of what scale and alpha do to one row of attention weights, and beneath it what the last run did.
 
 import { entmax, mix, softmax } from "./pladis_math.js";
 
@@ -9,31 +9,35 @@ const LEAST_TOP = 0.45;
 
 const STYLE = `
   :host { display: flex; flex-direction: column; gap: 4px; height: 100%; min-height: 110px; box-sizing: border-box;
-    padding: 6px 8px; border-radius: 6px; background: var(--comfy-input-bg); color: var(--descrip-text);
+    contain: size; padding: 6px 8px; border-radius: 6px; background: var(--comfy-input-bg); color: var(--descrip-text);
     font: 11px/1.3 system-ui, sans-serif; user-select: none; }
-  svg { flex: 1; min-height: 0; width: 100%; overflow: visible; }
+  svg { flex: 1 0 40px; width: 100%; overflow: visible; }
   .dense { fill: var(--descrip-text); opacity: 0.35; }
   .mixed { fill: var(--primary-background, #0b8ce9); }
   .mixed.negative { fill: var(--error-text); }
   line { vector-effect: non-scaling-stroke; }
   .sparse { stroke: var(--input-text); stroke-width: 2px; }
   .zero { stroke: var(--border-color); stroke-width: 1px; }
-  .legend { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 10px; }
+  .legend { flex: none; display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 10px; }
   i { display: inline-block; width: 9px; height: 9px; margin-right: 4px; border-radius: 2px; }
   i.dense { background: var(--descrip-text); }
   i.sparse { height: 2px; vertical-align: 3px; background: var(--input-text); }
   i.mixed { background: var(--primary-background, #0b8ce9); }
   i.negative { background: var(--error-text); }
+  /* takes its room from the plot, and scrolls when that is at its least */
+  .receipt { flex: 0 1 auto; min-height: 0; overflow-y: auto; scrollbar-width: thin; overflow-wrap: anywhere;
+    color: var(--input-text); }
+  .receipt:empty { display: none; }
 `;
 
-/** An element, and how to draw the weights for a scale and an alpha into it. */
+/** An element, and how to draw the weights for a scale and an alpha, and the words of a receipt, into it. */
 export function weightsPlot() {
   const root = document.createElement("div");
   root.title = "An example row of twelve words, not your prompt: attention weights with softmax (dense), "
     + "alpha-entmax (sparse), and mixed as scale says. What is below the line pushes away.";
   const shadow = root.attachShadow({ mode: "open" });
 
-  function draw({ scale, alpha }) {
+  function draw({ scale, alpha, receipt }) {
     const dense = softmax(SCORES);
     const sparse = entmax(SCORES, alpha);
     const mixed = mix(dense, sparse, scale);
@@ -45,7 +49,10 @@ export function weightsPlot() {
         <span><i class="dense"></i>dense</span>
         <span><i class="sparse"></i>sparse: ${kept} of ${SCORES.length} words</span>
         <span><i class="mixed"></i><i class="mixed negative"></i>mixed</span>
-      </div>`;
+      </div>
+      <div class="receipt"></div>`;
+    const words = shadow.querySelector(".receipt");
+    words.textContent = words.title = receipt;
   }
   return { root, draw };
 }

@@ -207,8 +207,8 @@ class Receipt:
 
 
 def show_on_node(node: str, words: str) -> None:
-    """The words on the node, in both renderers, in the browser that queued the run (server.py, send_progress_text)."""
+    """The words on the node, in the browser that queued the run (web/pladis_receipt.js)."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     # without a client they would go to every browser, on whatever node has this id there
     if server is not None and server.client_id is not None:
-        server.send_progress_text(words, node, server.client_id)
+        server.send_sync("pladis.receipt", {"node": node, "text": words}, server.client_id)
