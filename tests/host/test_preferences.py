@@ -101,6 +101,31 @@ def test_some_modules_prefer(name, monkeypatch):
         assert relative(kind.sample(apply(kind.model)), expected) < 1e-5
 
 
+@pytest.mark.parametrize("order", ("node first", "LoRA first"))
+@pytest.mark.parametrize("name", ("Wan 2.1 T2V", U_NET))
+def test_preferences_that_come_with_a_lora(name, order, monkeypatch):
+    """As object patches, which take the modules' place while the model is loaded (comfy/model_patcher.py)."""
+    kind = newer(name, monkeypatch)
+    kernels = Kernels(kind.network)
+    of_lora = {path: preference.function for path, preference in kernels.preferences.items()}
+    for preference in kernels.preferences.values():
+        preference.function = None
+
+    def patch(model):
+        model = model.clone()
+        for path, function in of_lora.items():
+            preference = type(kernels.preferences[path])()
+            preference.function = function
+            model.add_object_patch(f"diffusion_model.{path}", preference)
+        return model
+
+    with_lora = patch(kind.model)
+    plain = kernels.during(lambda: kind.sample(with_lora))
+    patched = patch(apply(kind.model)) if order == "node first" else apply(with_lora)
+    assert kernels.during(lambda: kind.sample(patched)) == plain != []
+    assert kernels.during(lambda: kind.sample(apply(kind.model))) == []
+
+
 @pytest.mark.parametrize("order", ("node first", "pack first"))
 @pytest.mark.parametrize("name", ("Wan 2.1 T2V", "SD3.5 medium", U_NET))
 def test_an_override_of_another_node_wins(name, order, monkeypatch):
