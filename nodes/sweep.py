@@ -37,7 +37,9 @@ class PLADISSweep(io.ComfyNode):
             # links, not values, go into the cells: the host's cache cannot compare models
             inputs=[
                 io.Model.Input(
-                    "model", raw_link=True, tooltip="The model without Apply PLADIS: each cell applies its own."
+                    "model",
+                    raw_link=True,
+                    tooltip="Each cell applies its own PLADIS, in place of an Apply node before this one.",
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
@@ -102,24 +104,26 @@ class PLADISSweep(io.ComfyNode):
         return io.NodeOutput(grid.out(0), grid.out(1), expand=graph.finalize())
 
 
-def cell(scale: float, alpha: float, several_alphas: bool) -> tuple[tuple[float, float] | None, str]:
-    """(scale, alpha), or None for the baseline, which is the same in every row; and the cell's label."""
+# off, whatever the row's alpha; set, and not left out: the model may come from an Apply node
+BASELINE = 0.0, 1.5
+
+
+def cell(scale: float, alpha: float, several_alphas: bool) -> tuple[tuple[float, float], str]:
+    """(scale, alpha), the same for every baseline; and the cell's label."""
     if scale == 0.0 or alpha == 1.0:
-        return None, "baseline (scale 0)" if scale == 0.0 else "baseline (alpha 1)"
+        return BASELINE, "baseline (scale 0)" if scale == 0.0 else "baseline (alpha 1)"
     return (scale, alpha), f"scale {scale:g}" + (f", alpha {alpha:g}" if several_alphas else "")
 
 
-def sample(graph: GraphBuilder, model, vae, settings: tuple[float, float] | None, sampling: dict):
+def sample(graph: GraphBuilder, model, vae, settings: tuple[float, float], sampling: dict):
     """The nodes of one cell; the links to its latent and its image."""
-    if settings is not None:
-        scale, alpha = settings
-        # its id is part of what the host caches it by, so a longer list must not change it
-        apply = graph.node(
-            "PLADISApply", f"apply_{scale:g}_{alpha:g}", model=model, scale=scale, alpha=alpha, start_percent=0.0,
-            end_percent=1.0,
-        )  # fmt: skip
-        model = apply.out(0)
-    latent = graph.node("KSampler", model=model, **sampling).out(0)
+    scale, alpha = settings
+    # its id is part of what the host caches it by, so a longer list must not change it
+    apply = graph.node(
+        "PLADISApply", f"apply_{scale:g}_{alpha:g}", model=model, scale=scale, alpha=alpha, start_percent=0.0,
+        end_percent=1.0,
+    )  # fmt: skip
+    latent = graph.node("KSampler", model=apply.out(0), **sampling).out(0)
     return latent, graph.node("VAEDecode", samples=latent, vae=vae).out(0)
 
 

@@ -254,6 +254,14 @@ def test_a_sweep_is_what_single_nodes_make(server, baseline, scale_2):
     assert (abs(grid[24:88, 20:84] - baseline) <= 1).all()
 
 
+def test_a_sweep_behind_an_apply_node_has_a_plain_baseline(server, baseline, scale_2):
+    behind = sweep("0, 2")
+    behind["apply"] = {"class_type": "PLADISApply", "inputs": {"model": ["demo", 0], **BASIC, "scale": 3.0}}
+    behind["sweep"]["inputs"]["model"] = ["apply", 0]
+    cells = pictures(server, server.run(behind), "save")
+    assert (cells[0] == baseline).all() and (cells[1] == scale_2).all()
+
+
 def test_only_new_cells_are_sampled(server):
     _, first = sampled_cells(server, sweep("0, 1", seed=5))
     entry, second = sampled_cells(server, sweep("0, 1, 3", seed=5))
