@@ -17,9 +17,10 @@ class PLADISApply(io.ComfyNode):
             node_id="PLADISApply",
             display_name="Apply PLADIS",
             category="model/patch",
-            description="Makes images follow the prompt better: extrapolates the model's text cross-attention from "
-            "softmax towards sparse alpha-entmax. No training, no extra network evaluation; works with and without "
-            "CFG and with few-step models.",
+            description="Pushes each place of the picture towards the words that matter most there: extrapolates the "
+            "model's text cross-attention from softmax towards sparse alpha-entmax. Its paper reports images that "
+            "follow the prompt better. No training, no extra network evaluation; works with and without CFG and with "
+            "few-step models.",
             search_aliases=SEARCH_ALIASES,
             inputs=common_inputs(),
             outputs=[model_output()],

@@ -17,7 +17,8 @@ def common_inputs() -> list[io.Input]:
             max=10.0,
             step=0.05,
             tooltip="Lambda. 0 is off, 1 replaces softmax by its sparse form, 2 is the paper's choice and extrapolates "
-            "past it. Going higher follows the prompt harder, and above 3 smooths textures and makes artefacts. "
+            "past it. Going higher pushes each place harder towards its words, and above 3 smooths textures and makes "
+            "artefacts. "
             "Checkpoints trained on tags (Pony, Illustrious) want less.",
         ),
         io.Float.Input(

@@ -49,7 +49,7 @@ class PLADISSweep(io.ComfyNode):
                 io.Float.Input(
                     "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
                     tooltip="Classifier-free guidance. 1 for guidance-distilled and few-step models. Going higher "
-                    "follows the prompt harder and burns colours.",
+                    "pushes harder towards the prompt and burns colours.",
                 ),
                 io.Combo.Input("sampler_name", options=samplers(), tooltip="As in KSampler."),
                 io.Combo.Input("scheduler", options=schedulers(), tooltip="As in KSampler."),
