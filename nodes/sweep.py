@@ -6,15 +6,12 @@ progress and is cached: a list that grows by one scale samples that one alone.
 
 from __future__ import annotations
 
-import re
-import string
-
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 from typing_extensions import override
 
-from .hosting import concatenate, samplers, schedulers
+from .hosting import concatenate, numbers, samplers, schedulers
 from .inputs import SEARCH_ALIASES
 from .pictures import draw_grid
 
@@ -125,24 +122,6 @@ def sample(graph: GraphBuilder, model, vae, settings: tuple[float, float], sampl
     )  # fmt: skip
     latent = graph.node("KSampler", model=apply.out(0), **sampling).out(0)
     return latent, graph.node("VAEDecode", samples=latent, vae=vae).out(0)
-
-
-def numbers(name: str, text: str, low: float, high: float) -> list[float]:
-    """A list of numbers with commas, semicolons or spaces between, without repetitions.
-
-    Raises:
-        ValueError: no number, not a number, or one outside [low, high].
-    """
-    found = []
-    for entry in re.split(r"[,;\s]+", text.strip(",;" + string.whitespace)):
-        try:
-            number = float(entry)
-        except ValueError:
-            raise ValueError(f"{name}: {entry!r} is not a number. Write numbers with commas between: 0, 1, 2") from None
-        if not low <= number <= high:
-            raise ValueError(f"{name}: {number:g} lies outside {low:g} to {high:g}.")
-        found.append(number)
-    return list(dict.fromkeys(found))
 
 
 class PLADISSweepCell(io.ComfyNode):

@@ -2,7 +2,7 @@
 // decides; tests/web compares both. A layout is the number of layers of every block: {d: [2, 2], m: [1], u: [2, 2],
 // b: []}. A choice is a set of layers, each as "d2.3".
 
-const ENTRY = /^([dmub])(\d+)(?:-\1?(\d+))?(?:\.(\d+)(?:-(\d+))?)?$/;
+const ENTRY = /^([dmub])(\d{1,4})(?:-\1?(\d{1,4}))?(?:\.(\d{1,4})(?:-(\d{1,4}))?)?$/;
 // what a list without a known model may name, else a typing error would draw thousands of chips
 const MOST_BLOCKS = 128;
 const MOST_LAYERS = 32;
@@ -64,7 +64,8 @@ export function keysOf(prefix, number, depth) {
 }
 
 function entriesOf(text) {
-  return text.split(",").map((entry) => entry.trim()).filter(Boolean);
+  // as nodes/hosting/lists.py
+  return text.split(/[,;，、；\s]+/).filter(Boolean);
 }
 
 function parse(entry) {

@@ -302,7 +302,8 @@ def test_interrupting_keeps_the_cells_that_are_done(server):
 
 @pytest.mark.parametrize(
     ("scales", "alphas", "message"),
-    [("0, x", "1.5", "'x' is not a number"), ("", "1.5", "'' is not a number"), ("1", "2.5", "2.5 lies outside 1 to 2"),
+    [("0, x", "1.5", "'x' is not a number"), ("", "1.5", "scales: the list is empty"),
+     ("1", "2.5", "2.5 lies outside 1 to 2"),
      (",".join(map(str, range(10))), "1.1,1.2,1.3,1.4,1.5,1.6,1.7", "70 cells")],
     ids=["word", "empty", "range", "too many"],
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
 
-from pladis_pack.nodes.sweep import PLADISSweepCell, PLADISSweepGrid, numbers
+from pladis_pack.nodes.hosting import numbers
+from pladis_pack.nodes.sweep import PLADISSweepCell, PLADISSweepGrid
 
 
 def collect(latents: list, images: list) -> tuple:
@@ -36,6 +39,21 @@ def test_cells_stay_in_order_and_the_grid_holds_them():
     assert [round(float(c) * 4) for c in centres] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("text", ("0, 1.5,2", " 0;1.5 2\r\n", "0,1.5,2,,", "0 0 1.5 2"))
+@pytest.mark.parametrize("text", ("0, 1.5,2", " 0;1.5 2\r\n", "0,1.5,2,,", "0 0 1.5 2", "0，1.5、2", "0；1.5\n2"))
 def test_lists_are_read_as_people_write_them(text):
     assert numbers("scales", text, 0.0, 10.0) == [0.0, 1.5, 2.0]
+
+
+@pytest.mark.parametrize(("text", "message"), (
+    ("0, 0,5, 1", "0,5 could be one number or two. Write 0.5"), ("0;1,5", "Write 1.5"), ("0,5 1,5", "Write 0.5"),
+    ("", "scales: the list is empty"), (" ,； ", "scales: the list is empty"), ("1" * 5000, "inf lies outside 0 to 10"),
+    ("x" * 5000, f"'{'x' * 40}...' is not a number"), ("nan", "nan lies outside"),
+))  # fmt: skip
+def test_what_is_no_list_of_numbers_is_said(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        numbers("scales", text, 0.0, 10.0)
+
+
+def test_numbers_without_a_space_behind_their_commas_are_a_list():
+    assert numbers("scales", "0,1,2", 0.0, 10.0) == [0.0, 1.0, 2.0]
+    assert numbers("scales", "0,2", 0.0, 10.0) == [0.0, 2.0]

@@ -6,9 +6,11 @@ import contextlib
 import re
 from typing import NamedTuple
 
+from ..lists import entries
+
 MAX_WORDS = 32
 WEIGHT = re.compile(r":\s*-?[\d.]+\s*\)|embedding:\S+|<[^>]*>")
-POSITIONS = re.compile(r"#(\d+)(?:-#?(\d+))?")
+POSITIONS = re.compile(r"#(\d{1,6})(?:-#?(\d{1,6}))?")
 # encoders whose tokens come first where a model's context holds those of several (comfy/text_encoders/sd3_clip.py)
 FIRST = ("l", "g")
 
@@ -24,14 +26,14 @@ class Word(NamedTuple):
     positions: list[int]
 
 
-def find_words(entries: str, prompt: str, clip, tokens: int) -> list[Word]:
-    """`entries`: words, or positions such as #5 or #3-7, with commas or line breaks between; empty for the words of
-    the prompt that are found. `tokens` is the length of the encoded prompt.
+def find_words(words: str, prompt: str, clip, tokens: int) -> list[Word]:
+    """`words`: words, or positions such as #5 or #3-7, with commas or line breaks between; empty for the words of the
+    prompt that are found. `tokens` is the length of the encoded prompt.
 
     Raises:
         ValueError: a word or a position that the prompt does not have, no CLIP to find words with, more than MAX_WORDS.
     """
-    names = [name.strip() for name in re.split(r"[,\n]", entries) if name.strip()]
+    names = entries(words, spaces=False)
     if len(names) > MAX_WORDS:
         raise ValueError(f"words: {len(names)} are more than {MAX_WORDS}, and each gets three pictures: name fewer.")
     if names:
