@@ -1,11 +1,12 @@
 // What the Apply nodes show besides their inputs: a plot of the weights with what the last run did beneath it, and a
 // picker of blocks. Display only: what a workflow saves and what runs are the inputs alone.
 
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { blocksAt, reportBlocks } from "./pladis_models.js";
 import { blockPicker, PICKER_PADDING } from "./pladis_picker.js";
 import { weightsPlot } from "./pladis_plot.js";
-import { receiptOf } from "./pladis_receipt.js";
+import { keepReceipt, receiptOf } from "./pladis_receipt.js";
 
 // with two lines of words: they must not change the node's height, which would be an undo step of its own
 const PLOT_HEIGHT = 148;
@@ -26,12 +27,15 @@ app.registerExtension({
   },
 });
 
+// server.send_sync in nodes/hosting/receipt.py
+api.addEventListener("pladis.receipt", ({ detail }) => keepReceipt(app.rootGraph, detail));
+
 function addPlot(node) {
   const plot = weightsPlot();
   plot.root.style.minHeight = `${PLOT_HEIGHT}px`;
   addPanel(node, "pladis_plot", plot.root, { getMinHeight: () => PLOT_HEIGHT + 2 * MARGIN });
   follow(node, plot, () => ({
-    scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha"), receipt: receiptOf(node),
+    scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha"), receipt: receiptOf(app.rootGraph, node),
   }));
 }
 

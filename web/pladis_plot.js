@@ -11,7 +11,7 @@ const STYLE = `
   :host { display: flex; flex-direction: column; gap: 4px; height: 100%; min-height: 110px; box-sizing: border-box;
     contain: size; padding: 6px 8px; border-radius: 6px; background: var(--comfy-input-bg); color: var(--descrip-text);
     font: 11px/1.3 system-ui, sans-serif; user-select: none; }
-  svg { flex: 1 0 40px; width: 100%; overflow: visible; }
+  svg { flex: 1 0 24px; width: 100%; overflow: visible; }
   .dense { fill: var(--descrip-text); opacity: 0.35; }
   .mixed { fill: var(--primary-background, #0b8ce9); }
   .mixed.negative { fill: var(--error-text); }
@@ -24,7 +24,7 @@ const STYLE = `
   i.sparse { height: 2px; vertical-align: 3px; background: var(--input-text); }
   i.mixed { background: var(--primary-background, #0b8ce9); }
   i.negative { background: var(--error-text); }
-  /* takes its room from the plot, and scrolls when that is at its least */
+  /* takes its room from the plot; what is longer has a scroll bar, and the tooltip shows all of it */
   .receipt { flex: 0 1 auto; min-height: 0; overflow-y: auto; scrollbar-width: thin; overflow-wrap: anywhere;
     color: var(--input-text); }
   .receipt:empty { display: none; }

@@ -1,29 +1,26 @@
-// What the last run did, in words that nodes/hosting/receipt.py sends to the browser that queued it. Kept in this page
-// alone and by the node's place: undo and a change of workflow make nodes anew, a copy has a place of its own.
-
-import { api } from "../../scripts/api.js";
-import { app } from "../../scripts/app.js";
+// What the last run did, in the words of nodes/hosting/receipt.py. Kept in this page alone and by a node's place: undo and
+// a change of workflow make nodes anew, and a copy has a place of its own.
 
 const said = new Map();
 
-api.addEventListener("pladis.receipt", ({ detail }) => {
-  const node = nodeAt(String(detail.node));
-  if (node) said.set(placeOf(node), detail.text);
-});
-
-/** Empty when no run of this page has reported on the node. */
-export function receiptOf(node) {
-  return said.get(placeOf(node)) ?? "";
+/** Takes what the server sends to the browser that queued a run. */
+export function keepReceipt(root, { node: executionId, text }) {
+  const node = nodeAt(root, executionId);
+  if (node) said.set(placeOf(root, node), text);
 }
 
-/** As ComfyUI finds what has executed: 12:5 is node 5 inside the subgraph that node 12 stands for. */
-function nodeAt(executionId) {
+/** The words for a node; empty before the first run of this page. */
+export function receiptOf(root, node) {
+  return said.get(placeOf(root, node)) ?? "";
+}
+
+/** As ComfyUI finds a node that was executed: 12:5 is node 5 in the subgraph that node 12 stands for. */
+function nodeAt(root, executionId) {
   const path = executionId.split(":");
   const id = path.pop();
-  const graph = path.reduce((outer, step) => outer?.getNodeById(step)?.subgraph, app.rootGraph);
-  return graph?.getNodeById(id);
+  return path.reduce((graph, outer) => graph?.getNodeById(outer)?.subgraph, root)?.getNodeById(id);
 }
 
-function placeOf(node) {
-  return `${app.rootGraph.id} ${node.graph.id} ${node.id}`;
+function placeOf(root, node) {
+  return `${root.id} ${node.graph.id} ${node.id}`;
 }
