@@ -30,7 +30,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 # hardly longer than the start of a process: these share one
 TOGETHER = (
-    "compatibility", "composition", "contracts", "help", "layers", "locales", "more_peers", "peers", "preferences",
+    "compatibility", "composition", "help", "layers", "locales", "more_peers", "peers", "preferences",
     "reached", "schema", "strength", "sweep", "transformers",
 )  # fmt: skip
 # about our fixtures, samplers and inputs, which do not differ between hosts: for time, on the newest alone
