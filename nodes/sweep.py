@@ -6,6 +6,8 @@ progress and is cached: a list that grows by one scale samples that one alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
@@ -30,7 +32,7 @@ class PLADISSweep(io.ComfyNode):
             description="Samples the same latent with the same seed at every scale and alpha of two lists, and draws "
             "the pictures side by side. Finished cells stay cached: interrupt, change the lists, and only new cells "
             "are sampled.",
-            search_aliases=[*SEARCH_ALIASES, "xy plot", "grid", "compare"],
+            search_aliases=[*SEARCH_ALIASES, "xy plot", "grid", "compare", "sweep"],
             # links, not values, go into the cells: the host's cache cannot compare models
             inputs=[
                 io.Model.Input(
@@ -125,7 +127,11 @@ def sample(graph: GraphBuilder, model, vae, settings: tuple[float, float], sampl
 
 
 class PLADISSweepCell(io.ComfyNode):
-    """Collects one cell of a sweep after those `before`. Made by PLADIS Sweep, not by people."""
+    """Collects one cell of a sweep after those `before`. Made by PLADIS Sweep, not by people.
+
+    Where a list of latents or of prompts goes into the sweep, the host samples the cell for each of them: together they
+    are the cell's batch.
+    """
 
     @classmethod
     @override
@@ -137,6 +143,7 @@ class PLADISSweepCell(io.ComfyNode):
             description="A part of PLADIS Sweep, which makes it while it runs.",
             search_aliases=SEARCH_ALIASES,
             is_dev_only=True,
+            is_input_list=True,
             inputs=[
                 io.Latent.Input("latent", tooltip="The cell's latent."),
                 io.Image.Input("image", tooltip="The cell's picture."),
@@ -148,8 +155,15 @@ class PLADISSweepCell(io.ComfyNode):
 
     @classmethod
     @override
-    def execute(cls, latent, image: torch.Tensor, label: str, before: tuple = ()) -> io.NodeOutput:
-        return io.NodeOutput((*before, (latent, image, label)))
+    def execute(
+        cls, latent: list[dict], image: list[torch.Tensor], label: list[str], before: Sequence[tuple] = ((),)
+    ) -> io.NodeOutput:
+        sizes = {tuple(picture.shape[1:3]) for picture in image}
+        if len(sizes) > 1:
+            described = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
+            raise ValueError(f"The list that goes into PLADIS Sweep has pictures of several sizes: {described}.")
+        cell = together(latent), torch.cat(image), label[0]
+        return io.NodeOutput((*before[0], cell))
 
 
 class PLADISSweepGrid(io.ComfyNode):
@@ -179,7 +193,14 @@ class PLADISSweepGrid(io.ComfyNode):
     @override
     def execute(cls, cells: tuple, columns: int) -> io.NodeOutput:
         latents, images, labels = zip(*cells, strict=True)
-        batch = {**latents[0], "samples": concatenate([latent["samples"] for latent in latents])}
-        # of one cell
-        batch.pop("batch_index", None)
-        return io.NodeOutput(batch, draw_grid(images, labels, columns))
+        return io.NodeOutput(together(latents), draw_grid(images, labels, columns))
+
+
+def together(latents: Sequence[dict]) -> dict:
+    """LATENTs in one batch."""
+    if len(latents) == 1:
+        return latents[0]
+    batch = {**latents[0], "samples": concatenate([latent["samples"] for latent in latents])}
+    # of one of them
+    batch.pop("batch_index", None)
+    return batch

@@ -51,10 +51,11 @@ class ModelCall:
     ran: set[Layer] = field(default_factory=set)
     reached: set[Layer] = field(default_factory=set)
     # what roads note: of a joint row where its text is, of a picture how many queries stand in front of it, what to
-    # undo when the module that runs is left, what compiled code finds in its slots
+    # undo when the module that runs is left and when the call is over, what compiled code finds in its slots
     row: Any = None
     ahead: int = 0
     undo: list[Callable[[], None]] = field(default_factory=list)
+    closing: list[Callable[[], None]] = field(default_factory=list)
     slots: dict[str, dict] = field(default_factory=dict)
 
     def lost_hooks(self) -> RuntimeError:
@@ -69,6 +70,11 @@ class ModelCall:
         """The module that ran is done: what was diverted for it is back."""
         while self.undo:
             self.undo.pop()()
+
+    def close(self) -> None:
+        """The call is over: what was diverted for all of it is back."""
+        while self.closing:
+            self.closing.pop()()
 
     def __deepcopy__(self, memo) -> ModelCall:
         # other packs copy options that it is in

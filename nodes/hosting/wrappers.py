@@ -254,8 +254,8 @@ def _on_its_road(call: ModelCall | None, target: Target, context: Context, optio
         executor = compiled.without_compiling(executor, target, options)
     road = by_shape if target.family is None else unet if is_unet else transformer
     with contextlib.ExitStack() as stack:
-        for undo in road.prepare(call, options):
-            stack.callback(undo)
+        stack.callback(call.close)
+        road.prepare(call, options)
         # a gradient may compute modules again when the call is over
         until = context.stack if torch.is_grad_enabled() and context.stack is not None else stack
         until.enter_context(hooked(target))

@@ -12,7 +12,8 @@ import torch
 import families
 import nodes as host_nodes
 import tiny
-from pladis_pack.nodes.attention_map import PLADISAttentionMap
+from pladis_pack.nodes import pictures
+from pladis_pack.nodes.attention_map import FIGURES, PLADISAttentionMap, draw_words
 from pladis_pack.nodes.hosting import Settings, find_target
 from pladis_pack.nodes.hosting.looking.attention_map import token_grid, watch_attention
 from pladis_pack.nodes.hosting.looking.words import Word, find_words
@@ -224,6 +225,55 @@ def test_with_the_demo_models_own_clip():
     assert "blue: tokens #7" in report
     with pytest.raises(ValueError, match="'triangle'"):
         run(model, positive, latent, words="triangle", clip=clip, prompt=text)
+
+
+def test_a_prompt_that_was_not_encoded_is_said(caplog):
+    from pladis_pack.nodes.demo_checkpoint import PLADISDemoCheckpoint
+
+    model, clip, vae = PLADISDemoCheckpoint.execute("standard").result
+    text, other = "a red circle left of a blue square", "a blue circle and a red square"
+    (positive,) = host_nodes.CLIPTextEncode().encode(clip, text)
+    latent = {"samples": torch.randn(1, 4, 16, 16)}
+    said = {}
+    for prompt in (text, other):
+        with caplog.at_level("WARNING"):
+            said[prompt] = run(model, positive, latent, words="red", clip=clip, prompt=prompt)[1].splitlines()[0]
+    assert "not what was encoded" not in said.pop(text)
+    assert "another text" in said.pop(other)
+    assert len([message for message in caplog.messages if "not what was encoded" in message]) == 1
+    with pytest.raises(ValueError, match="'red' is not in the prompt.*it gives 48 tokens, and the conditioning has 24"):
+        run(model, positive, latent, words="red", clip=clip, prompt=" and ".join([text] * 3))
+
+
+def test_text_report_and_bars_name_the_same_figures():
+    _, report, _ = run(tiny.patcher("SD15"))
+    (heads,) = (line for line in report.splitlines() if line.startswith("layer"))
+    assert re.split(r"\s{2,}", heads)[1:] == [head for head, _ in FIGURES.values()]
+
+
+def test_a_word_of_letters_that_no_font_has_is_told_by_its_tokens(monkeypatch):
+    monkeypatch.setattr(pictures, "FONTS", ())
+    pictures._font_for.cache_clear()
+    maps = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    unread, told, read = (draw_words(maps, [Word(label, [3, 4])], None) for label in ("红色", "#3, #4", "red"))
+    pictures._font_for.cache_clear()
+    assert torch.equal(unread, told) and not torch.equal(unread, read)
+    assert pictures.drawable("red") and not pictures.drawable("\U0010ffff")
+
+
+def test_a_long_prompt_is_tokenized_once():
+    calls = []
+
+    def tokenize(text):
+        calls.append(text)
+        return {"l": [[(hash(word) % 1000, 1.0) for word in text.split()]]}
+
+    prompt = " ".join(f"word{i}" for i in range(1000))
+    found = find_words("", prompt, SimpleNamespace(tokenize=tokenize), 1000)
+    assert len(found) == 32 and calls.count(prompt) == 1 and len(calls) < 4 * 32 + 32
+    # a pattern that looks back again and again would take minutes
+    with pytest.raises(ValueError, match="no word of the prompt"):
+        find_words("", "<" * 50_000, SimpleNamespace(tokenize=tokenize), 1000)
 
 
 def test_a_real_tokenizer_with_weights(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import entmax
 import pytest
@@ -222,3 +223,14 @@ def test_an_attention_override_of_another_node_computes_the_dense_part(family, m
     assert len(calls) == 3 * count
     assert relative(before, alone) > 1e-3
     assert torch.equal(families.sample(apply(patch(model), scale=0.0), family, cfg=1.0), alone)
+
+
+def test_a_text_of_its_own_is_not_cut_with_the_prompt(monkeypatch):
+    """Prism's sound has its own words: as many as the longer prompt has, and the host repeats the shorter one."""
+    prism = families.BY_NAME["Prism"]
+    family = replace(prism, extras=lambda random: {**prism.extras(random), "prism_audio_context": random(1, 6, 4096)})
+    model = apply(families.patcher(family))
+    prompts = families.prompt(family, 11, 6), families.prompt(family, 12, 3)
+    together = families.sample(model, family, *prompts)
+    monkeypatch.setattr(BaseModel, "memory_required", lambda self, *args, **kwargs: float("inf"))
+    assert relative(together, families.sample(model, family, *prompts)) < 1e-4

@@ -228,7 +228,8 @@ def test_containers_are_emptied_and_nothing_is_kept(name, monkeypatch):
 
     monkeypatch.setattr(Container, "__init__", noted)
     call_as_newer_hosts_do(kind.network, monkeypatch)
-    assert relative(kind.sample(apply(kind.model)), expected) < 1e-6
+    # one fused pass, or the dense part and a correction: other roundings
+    assert relative(kind.sample(apply(kind.model)), expected) < 1e-4
     assert len(made) > 0
     gc.collect()
     for container, tensor in made:

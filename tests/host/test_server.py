@@ -262,6 +262,17 @@ def test_a_sweep_behind_an_apply_node_has_a_plain_baseline(server, baseline, sca
     assert (cells[0] == baseline).all() and (cells[1] == scale_2).all()
 
 
+def test_a_list_of_latents_into_a_sweep(server):
+    """As a batch of as many: every cell has them all."""
+    listed = sweep("0, 2", seed=8, batch=2)
+    listed["list"] = {"class_type": "RebatchLatents", "inputs": {"latents": ["latent", 0], "batch_size": 1}}
+    listed["sweep"]["inputs"]["latent_image"] = ["list", 0]
+    entry = server.run(listed)
+    cells = pictures(server, entry, "save")
+    assert len(cells) == 4 and len(pictures(server, entry, "grid")) == 2
+    assert (cells[0] != cells[2]).any()
+
+
 def test_only_new_cells_are_sampled(server):
     _, first = sampled_cells(server, sweep("0, 1", seed=5))
     entry, second = sampled_cells(server, sweep("0, 1, 3", seed=5))

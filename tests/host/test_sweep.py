@@ -15,9 +15,9 @@ from pladis_pack.nodes.sweep import PLADISSweepCell, PLADISSweepGrid
 def collect(latents: list, images: list) -> tuple:
     cells = {}
     for number, (latent, image) in enumerate(zip(latents, images, strict=True)):
-        (before,) = PLADISSweepCell.execute({"samples": latent}, image, f"cell {number}", **cells).result
-        cells = {"before": before}
-    return cells["before"]
+        (before,) = PLADISSweepCell.execute([{"samples": latent}], [image], [f"cell {number}"], **cells).result
+        cells = {"before": [before]}
+    return before
 
 
 def test_latents_of_a_video_with_sound_stay_two_tensors():
@@ -37,6 +37,15 @@ def test_cells_stay_in_order_and_the_grid_holds_them():
     assert grid.shape == (1, 2 * 124 + 4, 2 * 124 + 4, 3)
     centres = [grid[0, y, x, 0] for y in (74, 198) for x in (64, 188)]
     assert [round(float(c) * 4) for c in centres] == [0, 1, 2, 3]
+
+
+def test_a_list_is_a_batch_of_the_cell():
+    latents = [{"samples": torch.full((1, 4, 2, 2), float(i))} for i in range(2)]
+    pictures = [torch.rand(1, 16, 16, 3), torch.rand(1, 16, 16, 3)]
+    ((latent, image, label),) = PLADISSweepCell.execute(latents, pictures, ["scale 2"]).result[0]
+    assert latent["samples"][:, 0, 0, 0].tolist() == [0.0, 1.0] and image.shape[0] == 2 and label == "scale 2"
+    with pytest.raises(ValueError, match="several sizes: 16 x 16, 32 x 24"):
+        PLADISSweepCell.execute(latents, [pictures[0], torch.rand(1, 24, 32, 3)], ["scale 2"])
 
 
 @pytest.mark.parametrize("text", ("0, 1.5,2", " 0;1.5 2\r\n", "0,1.5,2,,", "0 0 1.5 2", "0，1.5、2", "0；1.5\n2"))

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
+
+import torch
 
 from ..lists import entries
 
 MAX_WORDS = 32
-WEIGHT = re.compile(r":\s*-?[\d.]+\s*\)|embedding:\S+|<[^>]*>")
+WEIGHT = re.compile(r":\s*-?[\d.]+\s*\)|embedding:\S+|<[^<>]*>")
 POSITIONS = re.compile(r"#(\d{1,6})(?:-#?(\d{1,6}))?")
 # encoders whose tokens come first where a model's context holds those of several (comfy/text_encoders/sd3_clip.py)
 FIRST = ("l", "g")
+# relative: half precision and another device
+SAME = 0.05
+# the tokens of a text by encoder
+Tokenize = Callable[[str], dict[str, list]]
 
 
 class NotInPrompt(ValueError):
@@ -33,48 +41,64 @@ def find_words(words: str, prompt: str, clip, tokens: int) -> list[Word]:
     Raises:
         ValueError: a word or a position that the prompt does not have, no CLIP to find words with, more than MAX_WORDS.
     """
+    tokenize = None if clip is None else cache(partial(_rows, clip))
     names = entries(words, spaces=False)
     if len(names) > MAX_WORDS:
         raise ValueError(f"words: {len(names)} are more than {MAX_WORDS}, and each gets three pictures: name fewer.")
     if names:
-        return [Word(name, _positions(name, prompt, clip, tokens)) for name in names]
+        return [Word(name, _positions(name, prompt, tokenize, tokens)) for name in names]
     found = []
     for name in dict.fromkeys(re.findall(r"\w[\w'-]*", WEIGHT.sub(" ", prompt))):
-        try:
-            found.append(Word(name, _positions(name, prompt, clip, tokens)))
-        except NotInPrompt:
-            # punctuation in front of it can hide a word
-            continue
+        # punctuation in front of it can hide a word
+        with contextlib.suppress(NotInPrompt):
+            found.append(Word(name, _positions(name, prompt, tokenize, tokens)))
+        if len(found) == MAX_WORDS:
+            break
     if not found:
         raise ValueError(
             f"words is empty, and no word of the prompt {prompt!r} is found: name words, or token positions such as #1 "
             "or #2-4."
         )
-    return found[:MAX_WORDS]
+    return found
 
 
-def _positions(name: str, prompt: str, clip, tokens: int) -> list[int]:
+def said_of_another_prompt(prompt: str, clip, encoded: torch.Tensor) -> str:
+    """What a person must know where `encoded`, (B, L, C), is not what `clip` makes of `prompt`; else empty."""
+    again = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0][0]
+    if again.shape[1] != encoded.shape[1]:
+        differs = f"it gives {again.shape[1]} tokens, and the conditioning has {encoded.shape[1]}"
+    elif again.shape[2] != encoded.shape[2]:
+        differs = "clip is another kind of encoder"
+    else:
+        again, encoded = again[:1].cpu().float(), encoded[:1].cpu().float()
+        if (again - encoded).norm() <= SAME * encoded.norm():
+            return ""
+        differs = "the conditioning holds another text, other weights, or more than a text"
+    return f"prompt is not what was encoded: {differs}. The words may be at other tokens."
+
+
+def _positions(name: str, prompt: str, tokenize: Tokenize | None, tokens: int) -> list[int]:
     numbers = POSITIONS.fullmatch(name)
     if numbers is None:
-        return _occurrences(name, prompt, clip, tokens)
+        return _occurrences(name, prompt, tokenize, tokens)
     first, last = int(numbers[1]), int(numbers[2] or numbers[1])
     if not first <= last < tokens:
         raise ValueError(f"words: {name!r} is not in this prompt, whose tokens are #0 to #{tokens - 1}.")
     return list(range(first, last + 1))
 
 
-def _occurrences(name: str, prompt: str, clip, tokens: int) -> list[int]:
-    if clip is None:
+def _occurrences(name: str, prompt: str, tokenize: Tokenize | None, tokens: int) -> list[int]:
+    if tokenize is None:
         raise ValueError(
             f"words: to find {name!r}, connect clip and give prompt, the text that was encoded. Without them, name "
             "token positions such as #1 or #2-4."
         )
-    rows = _rows(clip, prompt)
+    rows = tokenize(prompt)
     found = set()
     for key, offset in _offsets(rows, tokens).items():
-        for word in _spellings(name, clip, key):
+        for word in _spellings(name, tokenize, key):
             starts = [i for i in range(len(rows[key])) if rows[key][i : i + len(word)] == word]
-            for start in _of_whole_words(starts, name, prompt, clip, key):
+            for start in _of_whole_words(starts, name, prompt, tokenize, key):
                 found |= {start + i + offset for i in range(len(word))}
     found = sorted(position for position in found if 0 <= position < tokens)
     if not found:
@@ -85,26 +109,26 @@ def _occurrences(name: str, prompt: str, clip, tokens: int) -> list[int]:
     return found
 
 
-def _spellings(name: str, clip, key: str) -> list[list]:
+def _spellings(name: str, tokenize: Tokenize, key: str) -> list[list]:
     """A word's tokens at the start of a text, after a space and after punctuation: encoders tell these apart."""
-    empty = _rows(clip, "")[key]
-    alone, spaced = (_inner(_rows(clip, text)[key], empty) for text in (name, " " + name))
+    empty = tokenize("")[key]
+    alone, spaced = (_inner(tokenize(text)[key], empty) for text in (name, " " + name))
     spellings = [alone, spaced]
     with contextlib.suppress(ValueError):  # the demo model knows no quotation mark
-        quote, quoted = (_inner(_rows(clip, text)[key], empty) for text in ('"', f'"{name}'))
+        quote, quoted = (_inner(tokenize(text)[key], empty) for text in ('"', f'"{name}'))
         if quoted[: len(quote)] == quote:
             spellings.append(quoted[len(quote) :])
     return [word for word in spellings if word]
 
 
-def _of_whole_words(starts: list[int], name: str, prompt: str, clip, key: str) -> list[int]:
+def _of_whole_words(starts: list[int], name: str, prompt: str, tokenize: Tokenize, key: str) -> list[int]:
     """Of the places where a word's tokens stand, those of the word itself: "ball" also ends "pokeball"."""
     occurrences = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", prompt, re.IGNORECASE)]
     if len(starts) <= 1 or not occurrences:
         return starts
-    empty = _rows(clip, "")[key]
-    lead = next((i for i, (a, b) in enumerate(zip(_rows(clip, prompt)[key], empty, strict=False)) if a != b), 0)
-    before = (len(_inner(_rows(clip, prompt[:at])[key], empty)) + lead for at in occurrences)
+    empty = tokenize("")[key]
+    lead = next((i for i, (a, b) in enumerate(zip(tokenize(prompt)[key], empty, strict=False)) if a != b), 0)
+    before = (len(_inner(tokenize(prompt[:at])[key], empty)) + lead for at in occurrences)
     return sorted({min(starts, key=lambda start: abs(start - expected)) for expected in before})
 
 

@@ -74,9 +74,10 @@ def read_host(
     )
 
 
-def taken_over(args: tuple) -> tuple:
-    """The same arguments, in containers of ours where they came in the caller's, which are emptied."""
-    return tuple(CONTAINER(arg.take()) if isinstance(arg, CONTAINER) else arg for arg in args)
+def taken_over(args: tuple) -> Callable[[], tuple]:
+    """Empties the caller's containers; what makes the arguments anew, in new ones."""
+    taken = [(arg.take(), True) if isinstance(arg, CONTAINER) else (arg, False) for arg in args]
+    return lambda: tuple(CONTAINER(value) if contained else value for value, contained in taken)
 
 
 def read_torch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_) -> AttentionCall:

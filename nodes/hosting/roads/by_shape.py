@@ -6,7 +6,6 @@ miss, or hit something else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,13 +18,13 @@ from .preferred import divert_preference, preferences
 from .transformer import OVERRIDE, Attention, TextOverride
 
 
-def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> list[Callable[[], None]]:
-    """The options of this call, with one override for all attention that takes the options, and what to undo."""
+def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> None:
+    """The options of this call, with one override for all attention that takes the options."""
     resident = transformer_options.get(OVERRIDE)
     override = ShapeOverride(call, resident)
     preferred = preferences(call.target.network()) if resident is None else []
     call.options = dict(transformer_options) if preferred else {**transformer_options, OVERRIDE: override}
-    return [divert_preference(preference, override) for preference in preferred]
+    call.closing = [divert_preference(preference, override) for preference in preferred]
 
 
 class ShapeOverride:

@@ -45,13 +45,15 @@ SOFTMAX = {"cuda": ("attention_pytorch",),
            "cpu": ("attention_pytorch", "attention_sub_quad", "attention_split", "attention_basic")}  # fmt: skip
 # elements of the query below which the host leaves the choice to torch (comfy/ops.py)
 SMALL = 1024 * 128
+# rows of text alone
+EVERYWHERE = Places(slice(None), None)
 WAY_OUT = (
     "Another node changed the tokens of this block in a way that PLADIS cannot follow. Remove that node, or Apply "
     "PLADIS."
 )
 
 
-def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> tuple[()]:
+def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> None:
     """The options of this call, and what its text modules do when they are entered."""
     family = call.target.family
     call.options = {**transformer_options, KEY: call}
@@ -62,7 +64,6 @@ def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> tuple[()]:
         row = family.row(call.target.network(), call.arguments)
         call.row = JointRow(row, probe)
     call.ahead = family.ahead(call.target.network(), call.arguments)
-    return ()
 
 
 def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed:
@@ -170,15 +171,15 @@ class TextOverride:
         attention = READERS[diverted](*args, **kwargs)
         if self.rows is not None:
             attention = one_row_each(attention, self.rows)
-        out = None
-        if self._is_text(attention):
-            args = taken_over(args)
-            alone = function if self._alone(function, diverted, kwargs) else None
-            out = self._changed(attention, alone, partial(dense, *args, **kwargs))
-        # the host frees its tensors early
-        del attention
-        if out is None:
+        places = self._places(attention)
+        if places is None:
+            # the host frees its tensors early
+            del attention
             return dense(*args, **kwargs)
+        again = taken_over(args)
+        alone = function if self._alone(function, diverted, kwargs) else None
+        compute = self._whole_rows if self.call.row is None else partial(self._joint, places)
+        out = compute(attention, alone, lambda: dense(*again(), **kwargs))
         self.call.reached.add(self.layer)
         return out
 
@@ -195,6 +196,13 @@ class TextOverride:
             return function is host_attention.optimized_attention
         return self.resident is None and diverted in ("", "torch")
 
+    def _places(self, attention: AttentionCall) -> Places | None:
+        """Where text and image are in this call; None where it is not the text's."""
+        if not self._is_text(attention):
+            return None
+        row = self.call.row
+        return EVERYWHERE if row is None else row.places(attention.q.shape[2], attention.k.shape[2])
+
     def _is_text(self, attention: AttentionCall) -> bool:
         """By the length of its keys; of two calls with the same, by their order."""
         if not self._calls:
@@ -208,18 +216,11 @@ class TextOverride:
             self._calls.remove(fitting)
         return fitting.name == "text"
 
-    def _changed(self, attention: AttentionCall, alone: Attention | None, dense) -> torch.Tensor | None:
-        """The attention with PLADIS, in the caller's layout; None where it is not the text's.
+    def _whole_rows(self, attention: AttentionCall, alone, dense) -> torch.Tensor:
+        """Cross-attention: one fused pass, or what is there already plus the correction.
 
         `alone`: the function that nobody else has a say in, so that one fused pass may replace it.
         """
-        if self.call.row is None:
-            return self._whole_rows(attention, alone, dense)
-        places = self.call.row.places(attention.q.shape[2], attention.k.shape[2])
-        return None if places is None else self._joint(attention, places, alone, dense)
-
-    def _whole_rows(self, attention: AttentionCall, alone, dense) -> torch.Tensor:
-        """Cross-attention: one fused pass, or what is there already plus the correction."""
         settings, segments = self._settings_and_segments(attention)
         options = {"lam": settings.lam, "alpha": settings.alpha, "enable_gqa": attention.grouped}
         parts = [(segment.rows, *self._text_of(segment, attention)) for segment in segments]
@@ -247,7 +248,7 @@ class TextOverride:
         self._watch(q, k, v, mask=mask, scale=attention.scale)
         return q, k, v, mask
 
-    def _joint(self, attention: AttentionCall, places: Places, alone, dense) -> torch.Tensor:
+    def _joint(self, places: Places, attention: AttentionCall, alone, dense) -> torch.Tensor:
         """Joint attention: image queries on text keys, on top of the dense output."""
         q, k, v, scale, grouped = attention.q, attention.k, attention.v, attention.scale, attention.grouped
         settings, segments = self._settings_and_segments(attention)

@@ -26,10 +26,9 @@ from .preferred import preferred_by
 Hook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
 
 
-def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> tuple[()]:
+def prepare(call: ModelCall, transformer_options: dict[str, Any]) -> None:
     """The options of this call, with a hook for every layer; and what blocks do that get others."""
     call.options, call.enter = with_hooks(transformer_options, call, list(call.active)), enter_block
-    return ()
 
 
 def enter_block(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed:
