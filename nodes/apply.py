@@ -21,7 +21,10 @@ class PLADISApply(io.ComfyNode):
             "model's text cross-attention from softmax towards sparse alpha-entmax. Its paper reports images that "
             "follow the prompt better. No training, no extra network evaluation; works with and without CFG and with "
             "few-step models.",
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=[
+                *SEARCH_ALIASES, "prompt adherence", "prompt following", "follow prompt", "sparse attention",
+                "sparse cross-attention", "entmax", "sparsemax",
+            ],
             inputs=common_inputs(),
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],

@@ -28,7 +28,7 @@ class PLADISApplyAdvanced(io.ComfyNode):
             category="model/patch",
             description="Apply PLADIS with a choice of layers and of prompts. A second Apply node further down "
             "replaces this one on the layers that both cover.",
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=[*SEARCH_ALIASES, "layers", "block list", "schedule", "norm cap"],
             inputs=[
                 *common_inputs(),
                 io.Combo.Input(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-SEARCH_ALIASES = ["pladis", "entmax", "sparsemax", "sparse cross-attention", "prompt adherence"]
+# of every node; what the method is known by finds Apply PLADIS, before nodes that merely belong to it
+SEARCH_ALIASES = ["pladis"]
 
 
 def common_inputs() -> list[io.Input]:
