@@ -43,5 +43,5 @@ def divert_preference(preference: nn.Module, override: Callable) -> Callable[[],
 
 def preferred_by(attention: nn.Module | None) -> dict[str, nn.Module]:
     """What a call of the host's attention in this module's place must be handed, so that its preference is kept."""
-    (preference, *_) = (*preferences(attention), None) if attention is not None else (None,)
-    return {} if preference is None else {"preferred_attention": preference}
+    found = [] if attention is None else preferences(attention)
+    return {"preferred_attention": found[0]} if found else {}
