@@ -536,18 +536,19 @@ def test_what_the_last_run_did_stays_on_its_node(page):
         tell(page, unknown, "nobody's")
     expect(page.get_by_text("nobody's")).to_have_count(0)
 
+    page.keyboard.press("Control+z")
+    page.wait_for_function(f"app.graph.getNodeById({ADVANCED})?.widgets.some((w) => w.value === 'all')")
+    page.wait_for_timeout(700)
+    assert pressed(page, ADVANCED) == []
+    expect(receipt(page, ADVANCED)).to_have_text(text)
+    assert_it_has_its_own_room(page, ADVANCED)
+
+    # behind the undo: the front end may take it for a step of its own
     collapse = f"app.graph.getNodeById({ADVANCED}).collapse(true)"
     page.evaluate(collapse)
     page.wait_for_timeout(300)
     expect(receipt(page, ADVANCED)).to_be_hidden()
     page.evaluate(collapse)
-    expect(receipt(page, ADVANCED)).to_have_text(text)
-    assert_it_has_its_own_room(page, ADVANCED)
-
-    page.keyboard.press("Control+z")
-    page.wait_for_function(f"app.graph.getNodeById({ADVANCED})?.widgets.some((w) => w.value === 'all')")
-    page.wait_for_timeout(700)
-    assert pressed(page, ADVANCED) == []
     expect(receipt(page, ADVANCED)).to_have_text(text)
     assert_it_has_its_own_room(page, ADVANCED)
 
