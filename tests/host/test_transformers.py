@@ -287,3 +287,19 @@ def counted(model, calls: list):
         WrappersMP.APPLY_MODEL, "count", lambda executor, *args, **kwargs: calls.append(1) or executor(*args, **kwargs)
     )
     return model
+
+
+def test_of_two_experts_a_step_runs_one(caplog):
+    """Prism: below a noise level its second video network runs, above it the first."""
+    family = families.BY_NAME["Prism"]
+    model = apply(families.patcher(family))
+    said = {}
+    for steps in (1, 4):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            families.sample(model, family, steps=steps)
+        (said[steps],) = (record for record in caplog.records if "text layers" in record.message)
+    assert said[1].message.startswith("PLADIS: 3 of 5 text layers in 1 of 1 steps")
+    assert "2 of an expert that did not run" in said[1].message
+    assert said[4].message.startswith("PLADIS: 5 of 5 text layers in 4 of 4 steps")
+    assert all("cache" not in record.message and record.levelname == "INFO" for record in said.values())
