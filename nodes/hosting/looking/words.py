@@ -11,14 +11,17 @@ from typing import NamedTuple
 import torch
 
 from ..lists import entries
+from ..models.tokens import OTHER, PADDING, SAME, START, WORD, Encoded, largest_difference
 
 MAX_WORDS = 32
 WEIGHT = re.compile(r":\s*-?[\d.]+\s*\)|embedding:\S+|<[^<>]*>")
 POSITIONS = re.compile(r"#(\d{1,6})(?:-#?(\d{1,6}))?")
 # encoders whose tokens come first where a model's context holds those of several (comfy/text_encoders/sd3_clip.py)
 FIRST = ("l", "g")
-# relative: half precision and another device
-SAME = 0.05
+# encoders of a model with start tokens that put none
+NO_START = ("t5xxl",)
+# between the texts of an input that takes several
+BETWEEN_TEXTS = re.compile(r"\n?^-{3,}[ \t]*$\n?", re.MULTILINE)
 # the tokens of a text by encoder
 Tokenize = Callable[[str], dict[str, list]]
 
@@ -62,6 +65,45 @@ def find_words(words: str, prompt: str, clip, tokens: int) -> list[Word]:
     return found
 
 
+def encoded_texts(prompt: str, clip, has_start: bool) -> tuple[Encoded, ...]:
+    """The texts in `prompt`, with lines `---` between, and the empty one, as `clip` encodes them.
+
+    `has_start`: whether the encoder puts a start token in front.
+    """
+    texts = dict.fromkeys([*BETWEEN_TEXTS.split(prompt), ""])
+    return tuple(_encoded(text, clip, has_start) for text in texts)
+
+
+def _encoded(text: str, clip, has_start: bool) -> Encoded:
+    context = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0][:1].cpu()
+    return Encoded(context, token_kinds(text, clip, context.shape[1], has_start))
+
+
+def token_kinds(text: str, clip, tokens: int, has_start: bool) -> str:
+    """What every token of a text's context of `tokens` is; of two encoders that share a place, words come first."""
+    chunks = {key: [[entry[0] if isinstance(entry[0], int) else None for entry in chunk] for chunk in its]
+              for key, its in clip.tokenize(text).items()}  # fmt: skip
+    kinds = [PADDING] * tokens
+    for key, offset in _offsets(_rows(clip, text), tokens).items():
+        empty = _rows(clip, "")[key]
+        at = offset
+        for chunk in chunks[key]:
+            for kind in _kinds_of_chunk(chunk, empty, has_start and key not in NO_START):
+                if 0 <= at < tokens:
+                    kinds[at] = min(kinds[at], kind, key=(WORD + START + OTHER + PADDING).index)
+                at += 1
+    return "".join(kinds)
+
+
+def _kinds_of_chunk(row: list, empty: list, has_start: bool) -> str:
+    start, stop = _inner_span(row, empty)
+    head = (START if has_start else OTHER) + OTHER * (start - 1) if start else ""
+    # an end token that is padded with itself
+    ends = stop > start or start == 1
+    tail = "".join(OTHER if (i == 0 and ends) or token != empty[-1] else PADDING for i, token in enumerate(row[stop:]))
+    return head + WORD * (stop - start) + tail
+
+
 def said_of_another_prompt(prompt: str, clip, encoded: torch.Tensor) -> str:
     """What a person must know where `encoded`, (B, L, C), is not what `clip` makes of `prompt`; else empty."""
     again = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0][0]
@@ -70,8 +112,7 @@ def said_of_another_prompt(prompt: str, clip, encoded: torch.Tensor) -> str:
     elif again.shape[2] != encoded.shape[2]:
         differs = "clip is another kind of encoder"
     else:
-        again, encoded = again[:1].cpu().float(), encoded[:1].cpu().float()
-        if (again - encoded).norm() <= SAME * encoded.norm():
+        if largest_difference(again[0].cpu().float(), encoded[0].cpu().float()) <= SAME:
             return ""
         differs = "the conditioning holds another text, other weights, or more than a text"
     return f"prompt is not what was encoded: {differs}. The words may be at other tokens."
@@ -156,15 +197,20 @@ def _offsets(rows: dict[str, list], tokens: int) -> dict[str, int]:
 
 def _inner(row: list, empty: list) -> list:
     """`row` without padding and without what an empty text has too: start, end, a template."""
+    return row[slice(*_inner_span(row, empty))]
+
+
+def _inner_span(row: list, empty: list) -> tuple[int, int]:
+    """(start, stop) of what `_inner` keeps."""
     if empty:
         row, empty = (_without_trailing(tokens, empty[-1]) for tokens in (row, empty))
     start = 0
     while start < min(len(row), len(empty)) and row[start] == empty[start]:
         start += 1
-    row, empty = row[start:], empty[start:]
-    while row and empty and row[-1] == empty[-1]:
-        row, empty = row[:-1], empty[:-1]
-    return row
+    stop, last = len(row), len(empty)
+    while stop > start and last > start and row[stop - 1] == empty[last - 1]:
+        stop, last = stop - 1, last - 1
+    return start, stop
 
 
 def _without_trailing(tokens: list, padding) -> list:

@@ -32,6 +32,7 @@ from ..handed import OPTIONS, Handed
 from ..models.families import JOINT
 from ..models.layers import Layer
 from ..models.spans import Inserted, Places, Row, Span, place
+from ..models.tokens import mixed_keys
 from ..running import KEY, ModelCall, current_call, in_backward
 from .attention_call import READERS, AttentionCall, one_row_each, taken_over
 from .direct import divert, diverted_functions
@@ -222,18 +223,24 @@ class TextOverride:
         `alone`: the function that nobody else has a say in, so that one fused pass may replace it.
         """
         settings, segments = self._settings_and_segments(attention)
-        options = {"lam": settings.lam, "alpha": settings.alpha, "enable_gqa": attention.grouped}
-        parts = [(segment.rows, *self._text_of(segment, attention)) for segment in segments]
-        everything = len(parts) == 1 and parts[0][0] == slice(0, len(attention.q))
+        options = {"scale": attention.scale, "lam": settings.lam, "alpha": settings.alpha,
+                   "enable_gqa": attention.grouped}  # fmt: skip
+        parts = [(segment, self._text_of(segment, attention)) for segment in segments]
+        everything = len(parts) == 1 and parts[0][0].rows == slice(0, len(attention.q))
         if alone is not None and everything and not settings.norm_cap:
-            ((_, *text),) = parts
-            return attention.give(pladis_attention(*text, attention.scale, **options))
+            ((segment, text),) = parts
+            mix_mask = self._mixed(segment, text[1])
+            return attention.give(pladis_attention(*text, **options, mix_mask=mix_mask))
         out = dense().clone()
         view = attention.view(out)
-        for rows, *text in parts:
-            correction = pladis_correction(*text, attention.scale, **options)
-            view[rows] = _added(view[rows], correction, settings.norm_cap)
+        for segment, text in parts:
+            correction = pladis_correction(*text, **options, mix_mask=self._mixed(segment, text[1]))
+            view[segment.rows] = _added(view[segment.rows], correction, settings.norm_cap)
         return out
+
+    def _mixed(self, segment: Segment, k: torch.Tensor) -> torch.Tensor | None:
+        """Which of a segment's text keys (B, H, Lk, D) are mixed."""
+        return mixed_keys(segment.kinds, self.call.active[self.layer].tokens, k.shape[2], k.device)
 
     def _text_of(self, segment: Segment, attention: AttentionCall):
         """Queries, keys, values and mask of a segment; a prompt that the host repeated counts once."""
@@ -282,7 +289,7 @@ class TextOverride:
             self._watch(queries, *its_text, mask=mask, scale=scale, row_lse=row_lse)
             correction = joint_correction(
                 queries, *its_text, row_lse, mask, scale, lam=settings.lam, alpha=settings.alpha,
-                copies=whole // length, enable_gqa=grouped,
+                copies=whole // length, mix_mask=self._mixed(segment, its_text[0]), enable_gqa=grouped,
             )  # fmt: skip
             view[batch][:, :, rows] = _added(view[batch][:, :, rows], correction, settings.norm_cap)
         return out if result is None else attention.give(view)

@@ -19,6 +19,7 @@ from ..batch import Segment, repeat_mask
 from ..handed import Handed
 from ..models.layers import Layer
 from ..models.target import Target
+from ..models.tokens import mixed_keys
 from ..running import ModelCall, current_call, in_backward
 from ..settings import Settings
 from .preferred import preferred_by
@@ -142,7 +143,9 @@ class PladisHook:
         if self.call.watch is not None:
             size = extra_options.get("activations_shape")
             self.call.watch(self.layer, q, k, v, mask=mask, size=size and tuple(size[-2:]))
-        out = function(q, k, v, mask, lam=self.settings.lam, alpha=self.settings.alpha)
+        settings = self.settings
+        mix_mask = mixed_keys(segment.kinds, settings.tokens, k.shape[2], k.device)
+        out = function(q, k, v, mask, lam=settings.lam, alpha=settings.alpha, mix_mask=mix_mask)
         return out.transpose(1, 2).flatten(2)
 
     def _segments(self, q: torch.Tensor, k: torch.Tensor, extra_options: Mapping[str, Any]) -> list[Segment]:
