@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from .hosting import LAYER_CHOICES, Settings, choose_layers, find_target, layer_names
 from .hosting.looking.attention_map import KINDS, AttentionMaps, watch_attention
-from .hosting.looking.words import NotInPrompt, Word, find_words, said_of_another_prompt
+from .hosting.looking.regime import regime_table, sentence
+from .hosting.looking.words import NotInPrompt, Word, encoded_texts, find_words, said_of_another_prompt
 from .inputs import SEARCH_ALIASES
 from .pictures import draw_bars, draw_map, drawable, fitted, map_size
 
@@ -116,7 +117,10 @@ class PLADISAttentionMap(io.ComfyNode):
                 io.Image.Output(
                     display_name="maps", tooltip="For each word three maps: dense, sparse, extrapolated, with legends."
                 ),
-                io.String.Output(display_name="report", tooltip="Figures of every layer, as a table."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What this model's attention is like and what to try, then figures of every layer.",
+                ),
                 io.Image.Output(display_name="report_image", tooltip="The same figures as bars."),
             ],
         )
@@ -149,14 +153,20 @@ class PLADISAttentionMap(io.ComfyNode):
             found = find_words(words, prompt, clip, positive[0][0].shape[1])
         except NotInPrompt as error:
             raise ValueError(f"{error} {note}".rstrip()) from None
-        settings = Settings(frozenset(every), scale, alpha)
+        known = encoded_texts(prompt, clip, bool(target.family.start_of(target.network()))) if clip is not None else ()
+        settings = Settings(frozenset(every), scale, alpha, texts=known)
         seen = watch_attention(model, positive, latent, percent, seed, settings, target, found, watched)
         names = {layer: name for layer, name in zip(every, layer_names(every), strict=True) if layer in seen.reports}
         figures = {head: [mean(seen, layer, head) for layer in names] for head in FIGURES}
+        reports = [report for layer in names for report in seen.reports[layer][:1]]
+        regime = sentence(reports, scale, alpha)
         title = f"percent {percent:g}, scale {scale:g}, alpha {alpha:g}" + (f". {note}" if note else "")
         return io.NodeOutput(
             draw_words(seen.maps(), found, image),
-            table(list(names.values()), figures, found, title),
+            "\n".join([
+                regime, "", table(list(names.values()), figures, found, title), "",
+                *regime_table(list(names.values()), reports),
+            ]),
             draw_bars(list(names.values()), {FIGURES[head][0]: column for head, column in figures.items()}, title),
         )
 

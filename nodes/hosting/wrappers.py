@@ -231,8 +231,8 @@ class ApplyModel:
         return ModelCall(target, active, batch, arguments, options, watch=self.watch), list(now)
 
     def _with_kinds(self, known: tuple[Known, ...], target: Target, now: Mapping[int, Settings]) -> tuple[Known, ...]:
-        """The conditionings with what their tokens are, where one of the settings asks for it."""
-        wanting = [settings for settings in now.values() if settings.tokens != "all"]
+        """The conditionings with what their tokens are, where somebody asks for it."""
+        wanting = [settings for settings in now.values() if settings.tokens != "all" or self.watch is not None]
         if not wanting or target.family is None:
             return known
         texts = tuple(text for settings in wanting for text in settings.texts)

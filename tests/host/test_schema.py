@@ -13,7 +13,8 @@ NODES = {
     "PLADISApply": COMMON,
     "PLADISApplyAdvanced": [
         *COMMON, ("layers", "all"), ("blocks", ""), ("apply_to", "both"), ("force_unknown", False),
-        ("scale_schedule", "constant"), ("end_scale", 0.0), ("norm_cap", 0.0),
+        ("scale_schedule", "constant"), ("end_scale", 0.0), ("norm_cap", 0.0), ("tokens", "all"),
+        ("clip", None), ("prompt", ""),
     ],
     "PLADISAttentionMap": [
         ("model", None), ("positive", None), ("latent", None), ("words", ""), ("percent", 0.3), ("scale", 2.0),

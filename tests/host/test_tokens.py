@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import entmax
@@ -13,9 +16,12 @@ import families
 import tiny
 from pladis_pack.nodes.hosting.looking import words
 from pladis_pack.nodes.hosting.models import tokens
+from pladis_pack.nodes.hosting.models.families import TABLE, UNSUPPORTED
 from pladis_pack.nodes.hosting.roads import transformer
 from tiny import apply
 
+PAGE = Path(__file__).parents[2] / "docs" / "tokens.md"
+MARKS = ("<!-- tokens: written by tests/host/test_tokens.py -->\n", "<!-- /tokens -->")
 WITHOUT_START, WORDS = "without start token", "words only"
 
 
@@ -227,6 +233,7 @@ def test_transformers(masks, name, choice, given, expected):
     ("Qwen-Image", WORDS, "neither a start token nor padding"),
     ("Z-Image", WITHOUT_START, "no start token"),
     ("CogVideoX", WORDS, "clip and prompt"),
+    ("HunyuanDiT", WORDS, "cannot be told"),
 ])  # fmt: skip
 def test_a_choice_without_meaning(name, choice, message):
     family = families.BY_NAME[name]
@@ -247,6 +254,24 @@ def test_left_padding_of_zeros(masks):
     families.sample(apply(model, tokens=WORDS), family)
     (mask,) = set(masks)
     assert mask.startswith("0") and mask.endswith("1" * 7)
+
+
+def table() -> str:
+    rows = ["| Family | Start token | Padding that takes part is told by |", "|---|---|---|"]
+    for family in TABLE:
+        if family.kind != UNSUPPORTED:
+            start = family.start if isinstance(family.start, str) else "the first token (Z-Image: none)"
+            rows.append(f"| {family.name} | {start or 'none'} | {family.padding or 'none takes part'} |")
+    return "".join(f"{row}\n" for row in rows)
+
+
+def test_the_page_has_the_table():
+    before, mark, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    written, end, after = rest.partition(MARKS[1])
+    assert mark and end
+    if "PLADIS_WRITE_TABLE" in os.environ:
+        PAGE.write_text(before + mark + table() + end + after, encoding="utf-8")
+    assert written == table(), "run this test once with PLADIS_WRITE_TABLE=1"
 
 
 def test_the_receipt_says_it(sd15, caplog):

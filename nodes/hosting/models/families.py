@@ -23,9 +23,9 @@ UNET, CROSS, JOINT, UNSUPPORTED = "U-Net", "cross", "joint", "none"
 # where the encoder puts a start token: in front of every 77 tokens, in front of all
 CHUNKS, FIRST = "of every 77 tokens", "the first token"
 # what tells the padding that takes part: rows of zeros, the text that was encoded, these where there are any and else
-# the text, its place behind the prompt's tokens
-PADDING_OF_ZEROS, PADDING_OF_TEXT, PADDING_OF_ZEROS_OR_TEXT, BEHIND = (
-    "zeros", "clip and prompt", "zeros, or clip and prompt", "behind the prompt",
+# the text, its place behind the prompt's tokens, nothing
+PADDING_OF_ZEROS, PADDING_OF_TEXT, PADDING_OF_ZEROS_OR_TEXT, BEHIND, NOT_TOLD = (
+    "zeros", "clip and prompt", "zeros, or clip and prompt", "its place behind the prompt", "nothing",
 )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ TABLE = (
            img_slice=True),
     Family("HiDream I1, E1", JOINT, ("comfy.ldm.hidream.model.HiDreamImageTransformer2DModel",),
            ("double_stream_blocks.*", "single_stream_blocks.*"), spans.hidream,
-           "of T5 and Llama to 128, not masked: take part"),
+           "of T5 and Llama to 128, not masked: take part", padding=NOT_TOLD),
     Family("OmniGen2", JOINT, ("comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel",), LAYERS,
            text_references_image(), NO_PADS),
     Family("Boogu", JOINT, ("comfy.ldm.boogu.model.BooguTransformer2DModel",),
@@ -202,7 +202,7 @@ TABLE = (
            pads="masked: out"),
     Family("LTX-2, video and audio", CROSS, ("comfy.ldm.lightricks.av_model.LTXAVModel",),
            ("transformer_blocks.*.attn2", "transformer_blocks.*.audio_attn2"),
-           pads="learned registers to 1024, not masked: take part"),
+           pads="learned registers to 1024, not masked: take part", padding=NOT_TOLD),
     Family("Cosmos 1", CROSS, ("comfy.ldm.cosmos.model.GeneralDIT",), ("blocks.block*.blocks.1.block.attn",),
            pads="zeros to 512, not masked: take part", padding=PADDING_OF_ZEROS),
     Family("Cosmos-Predict2, Anima", CROSS, ("comfy.ldm.cosmos.predict2.MiniTrainDIT",), ("blocks.*.cross_attn",),
@@ -220,7 +220,7 @@ TABLE = (
     Family("PixArt alpha, sigma", CROSS, ("comfy.ldm.pixart.pixartms.PixArtMS",), ("blocks.*.cross_attn",),
            pads=NO_PADS, diverted=(Diverted("comfy.ldm.pixart.blocks"),)),
     Family("HunyuanDiT", CROSS, ("comfy.ldm.hydit.models.HunYuanDiT",), ("blocks.*.attn2",),
-           pads="a learned embedding for each, not masked: take part",
+           pads="a learned embedding for each, not masked: take part", padding=NOT_TOLD,
            diverted=(Diverted("comfy.ldm.hydit.attn_layers"),)),
     Family("SANA by ComfyUI_ExtraModels", CROSS, ("Sana.models.sana_multi_scale.SanaMS", "Sana.models.sana.Sana"),
            ("blocks.*.cross_attn",), pads="cut off by that pack: out", diverted=PLAIN, flat=True, since=""),
@@ -234,7 +234,7 @@ TABLE = (
            diverted=(Diverted("comfy.ldm.ace.ace_step15"),)),
     Family("Stable Audio 1, 3", CROSS, ("comfy.ldm.audio.dit.AudioDiffusionTransformer",),
            ("transformer.layers.*.cross_attn",), pads="to 128 (3: 256), not masked: take part, and so do the seconds. "
-           "Version 3 subtracts a second attention: PLADIS is in both", ahead=lambda network, arguments: -1),
+           "Version 3 subtracts a second attention: PLADIS is in both", padding=NOT_TOLD, ahead=lambda network, arguments: -1),
     Family("Hunyuan3D, Trellis 2, TripoSplat", UNSUPPORTED, (
            "comfy.ldm.hunyuan3d.model.Hunyuan3Dv2", "comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain",
            "comfy.ldm.hunyuan3d.paint.unet.UNet2p5DConditionModel", "comfy.ldm.trellis2.model.Trellis2",

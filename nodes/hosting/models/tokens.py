@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .families import BEHIND, CHUNKS, FIRST, PADDING_OF_TEXT, PADDING_OF_ZEROS_OR_TEXT, Family
+from .families import BEHIND, CHUNKS, FIRST, NOT_TOLD, PADDING_OF_TEXT, PADDING_OF_ZEROS_OR_TEXT, Family
 
 # an end token, or what a template puts around the prompt; UNKNOWN is a word or any of the others but START
 START, WORD, OTHER, PADDING, UNKNOWN = "swop?"
@@ -76,7 +76,7 @@ def _read(context: torch.Tensor, family: Family, network: Any, texts: tuple[Enco
 
 def _by_position(tokens: int, family: Family, network: Any, has_zeros: bool) -> str:
     """The kinds of the tokens that are not zeros."""
-    unknown = family.padding == PADDING_OF_TEXT or (family.padding == PADDING_OF_ZEROS_OR_TEXT and not has_zeros)
+    unknown = family.padding in (PADDING_OF_TEXT, NOT_TOLD) or (family.padding == PADDING_OF_ZEROS_OR_TEXT and not has_zeros)
     letters = [UNKNOWN if unknown else WORD] * tokens
     start = family.start_of(network)
     if start == CHUNKS:
@@ -98,6 +98,8 @@ def check_tokens(choice: str, family: Family | None, network: Any, has_text: boo
         raise ValueError(f"tokens: {choice} is for models that PLADIS knows. Set tokens to all.")
     if choice == "without start token" and not family.start_of(network):
         raise ValueError(f"tokens: the text of {family.name} has no start token. Set tokens to all.")
+    if choice == "words only" and family.padding == NOT_TOLD:
+        raise ValueError(f"tokens: the padding of {family.name} cannot be told from its words. Set tokens to all.")
     if choice == "words only" and not has_text:
         if family.padding == PADDING_OF_TEXT:
             raise ValueError(
@@ -111,6 +113,15 @@ def check_tokens(choice: str, family: Family | None, network: Any, has_text: boo
             )
 
 
+def kinds_of_keys(kinds: tuple[str, ...], keys: int) -> tuple[str, ...]:
+    """The kinds of rows of `keys` text keys; empty where they cannot be told.
+
+    Of a prompt that the host repeats, what it pads behind is not there.
+    """
+    rows = tuple(row if row[keys:].strip(PADDING) else row[:keys] for row in kinds)
+    return rows if all(len(row) == keys for row in rows) else ()
+
+
 def mixed_keys(kinds: tuple[str, ...], choice: str, keys: int, device: torch.device) -> torch.Tensor | None:
     """The mix_mask (rows, keys) of prompts of these kinds; None where all are mixed.
 
@@ -119,9 +130,8 @@ def mixed_keys(kinds: tuple[str, ...], choice: str, keys: int, device: torch.dev
     """
     if choice == "all":
         return None
-    # of a prompt that the host repeats, what it pads behind is not there
-    rows = tuple(row if row[keys:].strip(PADDING) else row[:keys] for row in kinds)
-    if not rows or any(len(row) != keys for row in rows):
+    rows = kinds_of_keys(kinds, keys)
+    if not rows:
         raise RuntimeError(
             f"PLADIS: tokens: {choice}: which prompt a row of {keys} tokens belongs to, or what its tokens are, cannot "
             "be told: another node changed the prompts inside the model, or the batch. Set tokens to all."

@@ -252,7 +252,7 @@ class TextOverride:
         rows = segment.rows
         q, k, v = attention.q[rows], attention.k[rows][:, :, columns], attention.v[rows][:, :, columns]
         mask = attention.part_of_mask(rows, slice(None), columns)
-        self._watch(q, k, v, mask=mask, scale=attention.scale)
+        self._watch(q, k, v, mask=mask, scale=attention.scale, kinds=segment.kinds)
         return q, k, v, mask
 
     def _joint(self, places: Places, attention: AttentionCall, alone, dense) -> torch.Tensor:
@@ -286,7 +286,7 @@ class TextOverride:
             )
             its_text = k[batch][:, :, text], v[batch][:, :, text]
             mask = attention.part_of_mask(batch, rows, text)
-            self._watch(queries, *its_text, mask=mask, scale=scale, row_lse=row_lse)
+            self._watch(queries, *its_text, mask=mask, scale=scale, row_lse=row_lse, kinds=segment.kinds)
             correction = joint_correction(
                 queries, *its_text, row_lse, mask, scale, lam=settings.lam, alpha=settings.alpha,
                 copies=whole // length, mix_mask=self._mixed(segment, its_text[0]), enable_gqa=grouped,

@@ -142,7 +142,8 @@ class PladisHook:
         q, k, v = (t.unflatten(-1, (extra_options["n_heads"], -1)).transpose(1, 2) for t in (q, k, v))
         if self.call.watch is not None:
             size = extra_options.get("activations_shape")
-            self.call.watch(self.layer, q, k, v, mask=mask, size=size and tuple(size[-2:]))
+            size = size and tuple(size[-2:])
+            self.call.watch(self.layer, q, k, v, mask=mask, size=size, kinds=segment.kinds)
         settings = self.settings
         mix_mask = mixed_keys(segment.kinds, settings.tokens, k.shape[2], k.device)
         out = function(q, k, v, mask, lam=settings.lam, alpha=settings.alpha, mix_mask=mix_mask)
