@@ -234,7 +234,8 @@ TABLE = (
            diverted=(Diverted("comfy.ldm.ace.ace_step15"),)),
     Family("Stable Audio 1, 3", CROSS, ("comfy.ldm.audio.dit.AudioDiffusionTransformer",),
            ("transformer.layers.*.cross_attn",), pads="to 128 (3: 256), not masked: take part, and so do the seconds. "
-           "Version 3 subtracts a second attention: PLADIS is in both", padding=NOT_TOLD, ahead=lambda network, arguments: -1),
+           "Version 3 subtracts a second attention: PLADIS is in both", padding=NOT_TOLD,
+           ahead=lambda network, arguments: -1),
     Family("Hunyuan3D, Trellis 2, TripoSplat", UNSUPPORTED, (
            "comfy.ldm.hunyuan3d.model.Hunyuan3Dv2", "comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain",
            "comfy.ldm.hunyuan3d.paint.unet.UNet2p5DConditionModel", "comfy.ldm.trellis2.model.Trellis2",

@@ -76,8 +76,10 @@ def _read(context: torch.Tensor, family: Family, network: Any, texts: tuple[Enco
 
 def _by_position(tokens: int, family: Family, network: Any, has_zeros: bool) -> str:
     """The kinds of the tokens that are not zeros."""
-    unknown = family.padding in (PADDING_OF_TEXT, NOT_TOLD) or (family.padding == PADDING_OF_ZEROS_OR_TEXT and not has_zeros)
-    letters = [UNKNOWN if unknown else WORD] * tokens
+    told = family.padding not in (PADDING_OF_TEXT, NOT_TOLD)
+    if family.padding == PADDING_OF_ZEROS_OR_TEXT:
+        told = has_zeros
+    letters = [WORD if told else UNKNOWN] * tokens
     start = family.start_of(network)
     if start == CHUNKS:
         letters[::CHUNK] = START * len(letters[::CHUNK])
