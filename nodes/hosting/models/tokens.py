@@ -46,7 +46,7 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm(dim=-1).amax() / length)
 
 
-# of every context what was told of it, for each family and its texts
+# of every context what was told of it, for each family and its texts, which are kept: their ids must stay theirs
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -57,8 +57,8 @@ def kinds_of(context: torch.Tensor | None, family: Family, network: Any, texts: 
     told = _told.setdefault(context, {})
     key = family.name, tuple(map(id, texts))
     if key not in told:
-        told[key] = _read(context[0].float().cpu(), family, network, texts)
-    return told[key]
+        told[key] = _read(context[0].float().cpu(), family, network, texts), texts
+    return told[key][0]
 
 
 def _read(context: torch.Tensor, family: Family, network: Any, texts: tuple[Encoded, ...]) -> str:
