@@ -42,7 +42,7 @@ def guided(unet, text: torch.Tensor, empty: torch.Tensor, cfg: float) -> Velocit
         text: (B, 77, 96), one row per picture.
         empty: the same for the empty prompt.
         sigma, as the velocity's argument: one for all pictures, or (B,).
-        cfg: going higher follows the prompt harder.
+        cfg: going higher pushes harder towards the prompt.
     """
 
     def predict(latents: torch.Tensor, sigma: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

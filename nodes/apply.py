@@ -17,10 +17,14 @@ class PLADISApply(io.ComfyNode):
             node_id="PLADISApply",
             display_name="Apply PLADIS",
             category="model/patch",
-            description="Makes images follow the prompt better: extrapolates the model's text cross-attention from "
-            "softmax towards sparse alpha-entmax. No training, no extra network evaluation; works with and without "
-            "CFG and with few-step models.",
-            search_aliases=SEARCH_ALIASES,
+            description="Pushes each place of the picture towards the words that matter most there: extrapolates the "
+            "model's text cross-attention from softmax towards sparse alpha-entmax. Its paper reports images that "
+            "follow the prompt better. No training, no extra network evaluation; works with and without CFG and with "
+            "few-step models.",
+            search_aliases=[
+                *SEARCH_ALIASES, "prompt adherence", "prompt following", "follow prompt", "sparse attention",
+                "sparse cross-attention", "entmax", "sparsemax",
+            ],
             inputs=common_inputs(),
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],

@@ -9,12 +9,15 @@ from .hosting import (
     APPLY_TO,
     LAYER_CHOICES,
     SCHEDULES,
+    TOKENS,
     Settings,
     apply_settings,
     block_names,
+    check_tokens,
     choose_layers,
     find_target,
 )
+from .hosting.looking.words import encoded_texts
 from .inputs import SEARCH_ALIASES, common_inputs, model_output, unique_id
 
 
@@ -28,7 +31,7 @@ class PLADISApplyAdvanced(io.ComfyNode):
             category="model/patch",
             description="Apply PLADIS with a choice of layers and of prompts. A second Apply node further down "
             "replaces this one on the layers that both cover.",
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=[*SEARCH_ALIASES, "layers", "block list", "schedule", "norm cap", "padding", "start token"],
             inputs=[
                 *common_inputs(),
                 io.Combo.Input(
@@ -95,6 +98,32 @@ class PLADISApplyAdvanced(io.ComfyNode):
                     "output has without PLADIS, its direction kept. 0 is no limit. Going lower holds it nearer to the "
                     "plain model; 1 is never longer. Costs a second attention in the text layers.",
                 ),
+                io.Combo.Input(
+                    "tokens",
+                    options=list(TOKENS),
+                    default="all",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which tokens are mixed; the others keep their softmax weight. all: as in the paper. "
+                    "without start token: where it takes most of the attention, as in SD and SDXL, words are otherwise "
+                    "pruned against it. words only: without start token, end token and padding. The report of PLADIS "
+                    "Attention Map says where a model looks.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The CLIP that encoded the prompt. Only for tokens words only, in models whose padding "
+                    "nothing else tells (SD, SDXL, SD3, Flux.1).",
+                ),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="For tokens words only, with clip: the text that was encoded. Several, such as positive "
+                    "and negative, with a line --- between; the empty prompt is always known.",
+                ),
             ],
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],
@@ -120,11 +149,17 @@ class PLADISApplyAdvanced(io.ComfyNode):
         scale_schedule: str = "constant",
         end_scale: float = 0.0,
         norm_cap: float = 0.0,
+        tokens: str = "all",
+        clip: io.Clip.Type | None = None,
+        prompt: str = "",
     ) -> io.NodeOutput:
         target = find_target(model, force_unknown)
+        check_tokens(tokens, target.family, target.network(), clip is not None)
+        wanted = tokens == "words only" and clip is not None
+        texts = encoded_texts(prompt, clip, bool(target.family.start_of(target.network()))) if wanted else ()
         settings = Settings(
             choose_layers(layers, blocks, target.layers), scale, alpha, start_percent, end_percent, apply_to,
-            scale_schedule, end_scale, norm_cap,
+            scale_schedule, end_scale, norm_cap, tokens, texts,
         )  # fmt: skip
         model = apply_settings(model, settings, target, unique_id(cls))
         return io.NodeOutput(model, ui={"pladis_blocks": block_names(target.layers)})

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from comfy_api.latest import io
 from typing_extensions import override
 
 from .hosting import LAYER_CHOICES, Settings, choose_layers, find_target, layer_names
 from .hosting.looking.attention_map import KINDS, AttentionMaps, watch_attention
-from .hosting.looking.words import Word, find_words
+from .hosting.looking.regime import regime_table, sentence
+from .hosting.looking.words import NotInPrompt, Word, encoded_texts, find_words, said_of_another_prompt
 from .inputs import SEARCH_ALIASES
-from .pictures import draw_bars, draw_map, fitted, map_size
+from .pictures import draw_bars, draw_map, drawable, fitted, map_size
 
+LOGGER = logging.getLogger(__name__)
 # pladis_core.LayerReport's: the head of the bars, and what it means
 FIGURES = {
     "zeros": ("pruned", "share of tokens that sparse attention gives exactly no weight"),
@@ -32,7 +36,7 @@ class PLADISAttentionMap(io.ComfyNode):
             description="Shows where in the picture the model looks for each word: with softmax (dense), with entmax "
             "(sparse) and as PLADIS mixes them (extrapolated). Runs the model once, at one point of the noise "
             "schedule, on a finished latent that it noises again.",
-            search_aliases=[*SEARCH_ALIASES, "attention map", "heatmap", "daam", "explain"],
+            search_aliases=[*SEARCH_ALIASES, "attention map", "heatmap", "daam", "explain", "where a word looks"],
             inputs=[
                 io.Model.Input(
                     "model",
@@ -113,7 +117,10 @@ class PLADISAttentionMap(io.ComfyNode):
                 io.Image.Output(
                     display_name="maps", tooltip="For each word three maps: dense, sparse, extrapolated, with legends."
                 ),
-                io.String.Output(display_name="report", tooltip="Figures of every layer, as a table."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What this model's attention is like and what to try, then figures of every layer.",
+                ),
                 io.Image.Output(display_name="report_image", tooltip="The same figures as bars."),
             ],
         )
@@ -139,15 +146,27 @@ class PLADISAttentionMap(io.ComfyNode):
         target = find_target(model)
         every = target.layers
         watched = choose_layers(layers, blocks, every)
-        found = find_words(words, prompt, clip, positive[0][0].shape[1])
-        settings = Settings(frozenset(every), scale, alpha)
+        note = said_of_another_prompt(prompt, clip, positive[0][0]) if clip is not None and prompt.strip() else ""
+        if note:
+            LOGGER.warning("PLADIS Attention Map: %s", note)
+        try:
+            found = find_words(words, prompt, clip, positive[0][0].shape[1])
+        except NotInPrompt as error:
+            raise ValueError(f"{error} {note}".rstrip()) from None
+        known = encoded_texts(prompt, clip, bool(target.family.start_of(target.network()))) if clip is not None else ()
+        settings = Settings(frozenset(every), scale, alpha, texts=known)
         seen = watch_attention(model, positive, latent, percent, seed, settings, target, found, watched)
         names = {layer: name for layer, name in zip(every, layer_names(every), strict=True) if layer in seen.reports}
         figures = {head: [mean(seen, layer, head) for layer in names] for head in FIGURES}
-        title = f"percent {percent:g}, scale {scale:g}, alpha {alpha:g}"
+        reports = [report for layer in names for report in seen.reports[layer][:1]]
+        regime = sentence(reports, scale, alpha)
+        title = f"percent {percent:g}, scale {scale:g}, alpha {alpha:g}" + (f". {note}" if note else "")
         return io.NodeOutput(
             draw_words(seen.maps(), found, image),
-            table(list(names.values()), figures, found, title),
+            "\n".join([
+                regime, "", table(list(names.values()), figures, found, title), "",
+                *regime_table(list(names.values()), reports),
+            ]),
             draw_bars(list(names.values()), {FIGURES[head][0]: column for head, column in figures.items()}, title),
         )
 
@@ -163,11 +182,12 @@ def draw_words(maps: torch.Tensor, words: list[Word], image: torch.Tensor | None
     behind = None if image is None else fitted(image, size)
     pictures = []
     for index, word in enumerate(words):
+        label = word.label if drawable(word.label) else ", ".join(f"#{position}" for position in word.positions)
         top = max(float(maps[:2, index].max()), 1e-12)
         furthest = max(float(maps[2, index].abs().max()), 1e-12)
         for kind, name in enumerate(KINDS):
             low, high = (-furthest, furthest) if name == "extrapolated" else (0.0, top)
-            pictures.append(draw_map(maps[kind, index], f"{word.label}: {name}", low, high, size, behind))
+            pictures.append(draw_map(maps[kind, index], f"{label}: {name}", low, high, size, behind))
     return torch.stack(pictures)
 
 
@@ -175,10 +195,10 @@ def table(names: list[str], figures: dict[str, list[float]], words: list[Word], 
     """The report as text: which tokens each word is, then a line per layer and their mean."""
     lines = [title, ""]
     lines += [f"{word.label}: tokens " + ", ".join(f"#{p}" for p in word.positions) for word in words]
-    lines += ["", *(f"{head}: {meaning}" for head, (_, meaning) in FIGURES.items()), ""]
-    lines.append(f"{'layer':<12}" + "".join(f"{head:>14}" for head in figures))
+    lines += ["", *(f"{head}: {meaning}" for head, meaning in FIGURES.values()), ""]
+    lines.append(f"{'layer':<12}" + "".join(f"{FIGURES[figure][0]:>17}" for figure in figures))
     columns = list(figures.values())
     rows = [*zip(names, zip(*columns, strict=True), strict=True)]
     rows.append(("mean", tuple(sum(column) / len(column) for column in columns)))
-    lines += [f"{name:<12}" + "".join(f"{figure:>14.4g}" for figure in row) for name, row in rows]
+    lines += [f"{name:<12}" + "".join(f"{figure:>17.4g}" for figure in row) for name, row in rows]
     return "\n".join(lines)

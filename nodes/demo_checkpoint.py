@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 from typing_extensions import override
 
-from .hosting.demo_model import load_demo_model
+from .hosting.demo_model import load_demo_model, saved_checkpoints
 from .inputs import SEARCH_ALIASES
 
 # in the node's menu: the file in demo/weights
@@ -27,10 +27,10 @@ class PLADISDemoCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "variant",
-                    options=list(UNETS),
+                    options=[*UNETS, *saved_checkpoints()],
                     default="standard",
                     tooltip="standard: 20 steps of euler with the simple scheduler, CFG 3. few-step: distilled from "
-                    "it, 4 steps of the same, CFG 1.",
+                    "it, 4 steps of the same, CFG 1. Checkpoints that you saved from either follow them in the list.",
                 ),
             ],
             outputs=[
@@ -43,4 +43,4 @@ class PLADISDemoCheckpoint(io.ComfyNode):
     @classmethod
     @override
     def execute(cls, variant: str) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo_model(UNETS[variant]))
+        return io.NodeOutput(*load_demo_model(UNETS.get(variant, variant)))

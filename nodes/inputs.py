@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-SEARCH_ALIASES = ["pladis", "entmax", "sparsemax", "sparse cross-attention", "prompt adherence"]
+# of every node; what the method is known by finds Apply PLADIS, before nodes that merely belong to it
+SEARCH_ALIASES = ["pladis"]
 
 
 def common_inputs() -> list[io.Input]:
@@ -17,7 +18,8 @@ def common_inputs() -> list[io.Input]:
             max=10.0,
             step=0.05,
             tooltip="Lambda. 0 is off, 1 replaces softmax by its sparse form, 2 is the paper's choice and extrapolates "
-            "past it. Going higher follows the prompt harder, and above 3 smooths textures and makes artefacts. "
+            "past it. Going higher pushes each place harder towards its words, and above 3 smooths textures and makes "
+            "artefacts. "
             "Checkpoints trained on tags (Pony, Illustrious) want less.",
         ),
         io.Float.Input(

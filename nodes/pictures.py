@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +16,13 @@ DIVERGING = ((33, 102, 172), (247, 247, 247), (178, 24, 43))
 BACKGROUND, INK = (24, 24, 27), (235, 235, 235)
 LINE = 20
 LEAST_WIDTH, MOST = 256, 512
+# fonts with Chinese, Japanese, Korean, Arabic or Hebrew letters: Linux, Windows, macOS
+FONTS = (
+    "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSans-Regular.ttc", "wqy-microhei.ttc",
+    "DroidSansFallbackFull.ttf", "msyh.ttc", "YuGothM.ttc", "meiryo.ttc", "malgun.ttf", "msjh.ttc", "simsun.ttc",
+    "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "Arial Unicode.ttf", "arial.ttf", "DejaVuSans.ttf",
+    "NotoSansArabic-Regular.ttf", "NotoSansHebrew-Regular.ttf",
+)  # fmt: skip
 
 
 def colours(values: torch.Tensor, anchors: Sequence[tuple[int, int, int]]) -> torch.Tensor:
@@ -106,13 +114,41 @@ def fitted(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.nn.functional.interpolate(moved, size, mode="bilinear")[0].movedim(0, -1).cpu()
 
 
+def drawable(text: str) -> bool:
+    """Whether there is a font on this system that has all of its characters."""
+    return _font_for(text) is not None
+
+
 def _text(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, anchor: str) -> None:
     """`text` at a size at which it fits into `width` pixels."""
+    file = _font_for(text)
     for size in range(13, 6, -1):
-        font = ImageFont.load_default(size)
+        font = _font(file or "", size)
         if draw.textlength(text, font) <= width:
             break
     draw.text(at, text, INK, font, anchor)
+
+
+@lru_cache(maxsize=256)
+def _font_for(text: str) -> str | None:
+    """The file of the first font that has every character; empty for the one that Pillow brings, None for no font."""
+    return next((file for file in ("", *FONTS) if _has(file, text)), None)
+
+
+def _has(file: str, text: str) -> bool:
+    try:
+        font = _font(file, 13)
+    except OSError:
+        return False
+    # a character that no font has is drawn as what stands for the missing ones
+    missing = bytes(font.getmask("\U0010ffff"))
+    return all(character.isspace() or bytes(font.getmask(character)) != missing for character in set(text))
+
+
+@lru_cache(maxsize=64)
+def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
+    """Pillow looks for the file in the system's folders."""
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
 
 
 def _to_pil(picture: torch.Tensor) -> Image.Image:

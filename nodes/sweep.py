@@ -6,15 +6,14 @@ progress and is cached: a list that grows by one scale samples that one alone.
 
 from __future__ import annotations
 
-import re
-import string
+from collections.abc import Sequence
 
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 from typing_extensions import override
 
-from .hosting import concatenate, samplers, schedulers
+from .hosting import concatenate, numbers, samplers, schedulers
 from .inputs import SEARCH_ALIASES
 from .pictures import draw_grid
 
@@ -33,11 +32,13 @@ class PLADISSweep(io.ComfyNode):
             description="Samples the same latent with the same seed at every scale and alpha of two lists, and draws "
             "the pictures side by side. Finished cells stay cached: interrupt, change the lists, and only new cells "
             "are sampled.",
-            search_aliases=[*SEARCH_ALIASES, "xy plot", "grid", "compare"],
+            search_aliases=[*SEARCH_ALIASES, "xy plot", "grid", "compare", "sweep"],
             # links, not values, go into the cells: the host's cache cannot compare models
             inputs=[
                 io.Model.Input(
-                    "model", raw_link=True, tooltip="The model without Apply PLADIS: each cell applies its own."
+                    "model",
+                    raw_link=True,
+                    tooltip="Each cell applies its own PLADIS, in place of an Apply node before this one.",
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
@@ -47,7 +48,7 @@ class PLADISSweep(io.ComfyNode):
                 io.Float.Input(
                     "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
                     tooltip="Classifier-free guidance. 1 for guidance-distilled and few-step models. Going higher "
-                    "follows the prompt harder and burns colours.",
+                    "pushes harder towards the prompt and burns colours.",
                 ),
                 io.Combo.Input("sampler_name", options=samplers(), tooltip="As in KSampler."),
                 io.Combo.Input("scheduler", options=schedulers(), tooltip="As in KSampler."),
@@ -102,47 +103,35 @@ class PLADISSweep(io.ComfyNode):
         return io.NodeOutput(grid.out(0), grid.out(1), expand=graph.finalize())
 
 
-def cell(scale: float, alpha: float, several_alphas: bool) -> tuple[tuple[float, float] | None, str]:
-    """(scale, alpha), or None for the baseline, which is the same in every row; and the cell's label."""
+# off, whatever the row's alpha; set, and not left out: the model may come from an Apply node
+BASELINE = 0.0, 1.5
+
+
+def cell(scale: float, alpha: float, several_alphas: bool) -> tuple[tuple[float, float], str]:
+    """(scale, alpha), the same for every baseline; and the cell's label."""
     if scale == 0.0 or alpha == 1.0:
-        return None, "baseline (scale 0)" if scale == 0.0 else "baseline (alpha 1)"
+        return BASELINE, "baseline (scale 0)" if scale == 0.0 else "baseline (alpha 1)"
     return (scale, alpha), f"scale {scale:g}" + (f", alpha {alpha:g}" if several_alphas else "")
 
 
-def sample(graph: GraphBuilder, model, vae, settings: tuple[float, float] | None, sampling: dict):
+def sample(graph: GraphBuilder, model, vae, settings: tuple[float, float], sampling: dict):
     """The nodes of one cell; the links to its latent and its image."""
-    if settings is not None:
-        scale, alpha = settings
-        # its id is part of what the host caches it by, so a longer list must not change it
-        apply = graph.node(
-            "PLADISApply", f"apply_{scale:g}_{alpha:g}", model=model, scale=scale, alpha=alpha, start_percent=0.0,
-            end_percent=1.0,
-        )  # fmt: skip
-        model = apply.out(0)
-    latent = graph.node("KSampler", model=model, **sampling).out(0)
+    scale, alpha = settings
+    # its id is part of what the host caches it by, so a longer list must not change it
+    apply = graph.node(
+        "PLADISApply", f"apply_{scale:g}_{alpha:g}", model=model, scale=scale, alpha=alpha, start_percent=0.0,
+        end_percent=1.0,
+    )  # fmt: skip
+    latent = graph.node("KSampler", model=apply.out(0), **sampling).out(0)
     return latent, graph.node("VAEDecode", samples=latent, vae=vae).out(0)
 
 
-def numbers(name: str, text: str, low: float, high: float) -> list[float]:
-    """A list of numbers with commas, semicolons or spaces between, without repetitions.
-
-    Raises:
-        ValueError: no number, not a number, or one outside [low, high].
-    """
-    found = []
-    for entry in re.split(r"[,;\s]+", text.strip(",;" + string.whitespace)):
-        try:
-            number = float(entry)
-        except ValueError:
-            raise ValueError(f"{name}: {entry!r} is not a number. Write numbers with commas between: 0, 1, 2") from None
-        if not low <= number <= high:
-            raise ValueError(f"{name}: {number:g} lies outside {low:g} to {high:g}.")
-        found.append(number)
-    return list(dict.fromkeys(found))
-
-
 class PLADISSweepCell(io.ComfyNode):
-    """Collects one cell of a sweep after those `before`. Made by PLADIS Sweep, not by people."""
+    """Collects one cell of a sweep after those `before`. Made by PLADIS Sweep, not by people.
+
+    Where a list of latents or of prompts goes into the sweep, the host samples the cell for each of them: together they
+    are the cell's batch.
+    """
 
     @classmethod
     @override
@@ -154,6 +143,7 @@ class PLADISSweepCell(io.ComfyNode):
             description="A part of PLADIS Sweep, which makes it while it runs.",
             search_aliases=SEARCH_ALIASES,
             is_dev_only=True,
+            is_input_list=True,
             inputs=[
                 io.Latent.Input("latent", tooltip="The cell's latent."),
                 io.Image.Input("image", tooltip="The cell's picture."),
@@ -165,8 +155,15 @@ class PLADISSweepCell(io.ComfyNode):
 
     @classmethod
     @override
-    def execute(cls, latent, image: torch.Tensor, label: str, before: tuple = ()) -> io.NodeOutput:
-        return io.NodeOutput((*before, (latent, image, label)))
+    def execute(
+        cls, latent: list[dict], image: list[torch.Tensor], label: list[str], before: Sequence[tuple] = ((),)
+    ) -> io.NodeOutput:
+        sizes = {tuple(picture.shape[1:3]) for picture in image}
+        if len(sizes) > 1:
+            described = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
+            raise ValueError(f"The list that goes into PLADIS Sweep has pictures of several sizes: {described}.")
+        cell = together(latent), torch.cat(image), label[0]
+        return io.NodeOutput((*before[0], cell))
 
 
 class PLADISSweepGrid(io.ComfyNode):
@@ -196,7 +193,14 @@ class PLADISSweepGrid(io.ComfyNode):
     @override
     def execute(cls, cells: tuple, columns: int) -> io.NodeOutput:
         latents, images, labels = zip(*cells, strict=True)
-        batch = {**latents[0], "samples": concatenate([latent["samples"] for latent in latents])}
-        # of one cell
-        batch.pop("batch_index", None)
-        return io.NodeOutput(batch, draw_grid(images, labels, columns))
+        return io.NodeOutput(together(latents), draw_grid(images, labels, columns))
+
+
+def together(latents: Sequence[dict]) -> dict:
+    """LATENTs in one batch."""
+    if len(latents) == 1:
+        return latents[0]
+    batch = {**latents[0], "samples": concatenate([latent["samples"] for latent in latents])}
+    # of one of them
+    batch.pop("batch_index", None)
+    return batch

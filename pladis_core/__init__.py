@@ -6,9 +6,9 @@ Host-independent mathematics. It imports torch, and `entmax` only when the refer
 from .api import BACKENDS, entmax, pladis_attention, pladis_correction, pladis_weights
 from .cap import add_capped
 from .joint import attention_with_lse, joint_correction, log_sum_exp
-from .maps import KINDS, LayerReport, attention_maps
+from .maps import KINDS, LayerReport, attention_maps, sharpening_factor
 
 __all__ = [
     "BACKENDS", "KINDS", "LayerReport", "add_capped", "attention_maps", "attention_with_lse", "entmax",
-    "joint_correction", "log_sum_exp", "pladis_attention", "pladis_correction", "pladis_weights",
+    "joint_correction", "log_sum_exp", "pladis_attention", "pladis_correction", "pladis_weights", "sharpening_factor",
 ]  # fmt: skip

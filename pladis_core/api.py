@@ -41,7 +41,9 @@ def entmax(scores: torch.Tensor, alpha: float = 1.5, dim: int = -1) -> torch.Ten
     return pladis_weights(scores, lam=1.0, alpha=alpha, dim=dim)
 
 
-def pladis_weights(scores: torch.Tensor, lam: float = 2.0, alpha: float = 1.5, dim: int = -1) -> torch.Tensor:
+def pladis_weights(
+    scores: torch.Tensor, lam: float = 2.0, alpha: float = 1.5, dim: int = -1, mix_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """(1 - lam) * softmax(scores) + lam * entmax_alpha(scores) over `dim` (PLADIS, eq. 11).
 
     Args:
@@ -49,12 +51,15 @@ def pladis_weights(scores: torch.Tensor, lam: float = 2.0, alpha: float = 1.5, d
         lam: 0 is softmax, 1 is entmax, above 1 extrapolates past it: the keys that entmax prunes get negative weight.
         alpha: as in `entmax`.
         dim: the axis that sums to 1.
+        mix_mask: boolean, broadcastable to `scores`: False leaves an entry at its softmax weight, and the others are
+            mixed among themselves, their sum as softmax has it.
 
     Returns:
         Weights of the shape of `scores`, float32 (float64 for float64 scores). Differentiable once.
 
     Raises:
-        ValueError: alpha outside [1, 2], lam beyond 1e6, `dim` out of range, scores not floating point.
+        ValueError: alpha outside [1, 2], lam beyond 1e6, `dim` out of range, scores not floating point, a mix_mask
+            that is not boolean or does not broadcast.
     """
     _check_mix(lam, alpha)
     if not scores.is_floating_point():
@@ -62,7 +67,7 @@ def pladis_weights(scores: torch.Tensor, lam: float = 2.0, alpha: float = 1.5, d
     if not -scores.ndim <= dim < scores.ndim:
         raise ValueError(f"dim {dim} is out of range for scores of shape {tuple(scores.shape)}")
     mix = gradient.mix_weights if wants_grad(scores) else eager.mix_weights
-    return mix(scores, alpha, dim, 1.0 - lam, lam)
+    return mix(scores, _mix_mask(mix_mask, scores.shape), alpha, dim, 1.0 - lam, lam)
 
 
 def pladis_attention(
@@ -74,6 +79,7 @@ def pladis_attention(
     *,
     lam: float = 2.0,
     alpha: float = 1.5,
+    mix_mask: torch.Tensor | None = None,
     enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -89,6 +95,8 @@ def pladis_attention(
         lam: 0 is the dense layer, 1 the purely sparse one, 2 the paper's choice. Going higher pushes further away from
             what entmax prunes.
         alpha: 1 <= alpha <= 2. Going higher prunes more keys.
+        mix_mask: boolean, broadcastable to (B, Lk): the keys that are mixed, for instance without the start token or
+            padding. All others keep their softmax weight, and so does the sum of these. None: all keys.
         enable_gqa: H may be a multiple of Hkv; consecutive query heads share a key head.
         backend: "triton" (the fused kernel for GPUs), "eager" (on a CPU with a compiler a fused loop, elsewhere
             "portable"), "portable" (PyTorch in chunks, on any device) or "reference" (materialised, on the `entmax`
@@ -106,7 +114,9 @@ def pladis_attention(
         ImportError: the reference backend without the `entmax` package, the triton backend without Triton.
     """
     _check_mix(lam, alpha)
-    return _attend(query, key, value, attn_mask, scale, alpha, 1.0 - lam, lam, None, None, enable_gqa, backend)
+    return _attend(
+        query, key, value, attn_mask, mix_mask, scale, alpha, 1.0 - lam, lam, None, None, enable_gqa, backend
+    )
 
 
 def pladis_correction(
@@ -120,6 +130,7 @@ def pladis_correction(
     alpha: float = 1.5,
     mass: torch.Tensor | None = None,
     row_lse: torch.Tensor | None = None,
+    mix_mask: torch.Tensor | None = None,
     enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -143,11 +154,11 @@ def pladis_correction(
     _check_mix(lam, alpha)
     if mass is not None and row_lse is not None:
         raise ValueError("give mass or row_lse, not both: row_lse says what the mass is")
-    return _attend(query, key, value, attn_mask, scale, alpha, -lam, lam, mass, row_lse, enable_gqa, backend)
+    return _attend(query, key, value, attn_mask, mix_mask, scale, alpha, -lam, lam, mass, row_lse, enable_gqa, backend)
 
 
 def _attend(
-    query, key, value, attn_mask, scale, alpha, dense, sparse, mass, row_lse, enable_gqa, backend
+    query, key, value, attn_mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse, enable_gqa, backend
 ) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value on the chosen backend."""
     _check_tensors(query, key, value, enable_gqa)
@@ -158,10 +169,11 @@ def _attend(
     if attn_mask is not None and attn_mask.dtype not in MASK_DTYPES:
         raise ValueError(f"attn_mask must be boolean or floating point, not {attn_mask.dtype}")
     attn_mask = _broadcast("attn_mask", attn_mask, (*rows, key.shape[-2]))
+    mix_mask = _mix_mask(mix_mask, (key.shape[0], key.shape[2]))
     mass = _broadcast("mass", mass, (*rows, 1))
     row_lse = _broadcast("row_lse", row_lse, (*rows, 1))
     implementation = _backend(backend, wants_grad(query, key, value, attn_mask, mass, row_lse))
-    return implementation(query, key, value, attn_mask, scale, alpha, dense, sparse, mass, row_lse)
+    return implementation(query, key, value, attn_mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse)
 
 
 def _backend(name: str, with_gradient: bool):
@@ -254,6 +266,12 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         raise ValueError(f"query has {heads} heads and key has {kv_heads}: pass enable_gqa=True for grouped heads")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
+
+
+def _mix_mask(mix_mask: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    if mix_mask is not None and mix_mask.dtype != torch.bool:
+        raise ValueError(f"mix_mask must be boolean (True is mixed), not {mix_mask.dtype}")
+    return _broadcast("mix_mask", mix_mask, shape)
 
 
 def _broadcast(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:

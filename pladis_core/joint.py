@@ -37,6 +37,7 @@ def joint_correction(
     lam: float = 2.0,
     alpha: float = 1.5,
     copies: int = 1,
+    mix_mask: torch.Tensor | None = None,
     enable_gqa: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -55,7 +56,7 @@ def joint_correction(
     """
     return pladis_correction(
         query, key, value, attn_mask, scale, lam=lam, alpha=alpha, row_lse=row_lse - math.log(copies),
-        enable_gqa=enable_gqa, backend=backend,
+        mix_mask=mix_mask, enable_gqa=enable_gqa, backend=backend,
     )  # fmt: skip
 
 

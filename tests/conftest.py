@@ -23,7 +23,7 @@ package.__path__ = [str(ROOT)]
 sys.modules.setdefault("pladis_pack", package)
 
 # test_hosts.py starts these for every ComfyUI, tests/host in its own Python
-ON_A_HOST = ["host", *(f"web/test_{name}.py" for name in ("nodes", "workflows", "help"))]
+ON_A_HOST = ["host", *(f"web/test_{name}.py" for name in ("nodes", "words", "looks", "workflows", "help"))]
 collect_ignore = [] if "PLADIS_HOST" in os.environ else ON_A_HOST
 if "PLADIS_HOST" not in os.environ:
     # `demo` and `benchmarks` are run from the root

@@ -1,12 +1,17 @@
-// What the Apply nodes show besides their inputs: a plot of the weights and a picker of blocks. Display only: what a
-// workflow saves and what runs are the inputs alone.
+// What the Apply nodes show besides their inputs: a plot of the weights with what the last run did beneath it, and a
+// picker of blocks. Display only: what a workflow saves and what runs are the inputs alone.
 
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { IN_NODES_2 } from "./pladis_colors.js";
 import { blocksAt, reportBlocks } from "./pladis_models.js";
 import { blockPicker, PICKER_PADDING } from "./pladis_picker.js";
 import { weightsPlot } from "./pladis_plot.js";
+import { keepReceipt, receiptOf } from "./pladis_receipt.js";
+import { language, learnWords } from "./pladis_words.js";
 
-const PLOT_HEIGHT = 115;
+// with two lines of words: they must not change the node's height, which would be an undo step of its own
+const PLOT_HEIGHT = 148;
 // a long list of blocks scrolls
 const MOST_PICKER_HEIGHT = 240;
 const LEAST_WIDTH = 320;
@@ -24,11 +29,22 @@ app.registerExtension({
   },
 });
 
+document.head.append(Object.assign(document.createElement("style"), { textContent: IN_NODES_2 }));
+
+// server.send_sync in nodes/hosting/receipt.py
+api.addEventListener("pladis.receipt", ({ detail }) => keepReceipt(app.rootGraph, detail));
+
+// where it cannot be had, the panels speak English
+api.fetchApi("/i18n").then((answer) => answer.json()).then((served) =>
+  learnWords(() => app.extensionManager.setting.get("Comfy.Locale"), served), () => {});
+
 function addPlot(node) {
   const plot = weightsPlot();
   plot.root.style.minHeight = `${PLOT_HEIGHT}px`;
   addPanel(node, "pladis_plot", plot.root, { getMinHeight: () => PLOT_HEIGHT + 2 * MARGIN });
-  follow(node, plot, () => ({ scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha") }));
+  follow(node, plot, () => ({
+    scale: valueOf(node, "scale"), alpha: valueOf(node, "alpha"), receipt: receiptOf(app.rootGraph, node),
+  }));
 }
 
 function addPicker(node) {
@@ -42,7 +58,11 @@ function addPicker(node) {
   });
   let height = 60;
   const room = () => height + 2 * MARGIN;
-  addPanel(node, "pladis_blocks", picker.root, { getMinHeight: room, getMaxHeight: room });
+  const widget = addPanel(node, "pladis_blocks", picker.root, { getMinHeight: room, getMaxHeight: room });
+  // of a fixed height: Nodes 2.0 shares what is left of the node among the widgets that have a computeLayoutSize, and
+  // beneath this one its share would stay empty; the canvas adds 4 to a computeSize
+  widget.computeLayoutSize = undefined;
+  widget.computeSize = () => [0, room() - 4];
   new ResizeObserver(() => {
     // 0 while it is not on screen
     if (!picker.content.offsetHeight) return;
@@ -76,6 +96,7 @@ function addPanel(node, name, root, options) {
     // Nodes 2.0 sees to it itself
     if (!LiteGraph.vueNodesMode && root.dataset.captureWheel !== "true") app.canvas.processMouseWheel(event);
   });
+  return widget;
 }
 
 const followed = new Map();
@@ -90,7 +111,7 @@ let frame = 0;
 function follow(node, { root, draw }, read) {
   let drawn;
   const look = () => {
-    const state = JSON.stringify(read());
+    const state = JSON.stringify({ ...read(), language: language() });
     if (state === drawn) return;
     if (!drawn) takePlace(node, root);
     drawn = state;

@@ -2,7 +2,9 @@
 // decides; tests/web compares both. A layout is the number of layers of every block: {d: [2, 2], m: [1], u: [2, 2],
 // b: []}. A choice is a set of layers, each as "d2.3".
 
-const ENTRY = /^([dmub])(\d+)(?:-\1?(\d+))?(?:\.(\d+)(?:-(\d+))?)?$/;
+import { words } from "./pladis_words.js";
+
+const ENTRY = /^([dmub])(\d{1,4})(?:-\1?(\d{1,4}))?(?:\.(\d{1,4})(?:-(\d{1,4}))?)?$/;
 // what a list without a known model may name, else a typing error would draw thousands of chips
 const MOST_BLOCKS = 128;
 const MOST_LAYERS = 32;
@@ -64,15 +66,16 @@ export function keysOf(prefix, number, depth) {
 }
 
 function entriesOf(text) {
-  return text.split(",").map((entry) => entry.trim()).filter(Boolean);
+  // as nodes/hosting/lists.py
+  return text.split(/[,;，、；\s]+/).filter(Boolean);
 }
 
 function parse(entry) {
   const match = ENTRY.exec(entry.toLowerCase());
-  if (!match) return { problem: `'${entry}' is not a block` };
+  if (!match) return { problem: words("notABlock", { entry }) };
   const [, prefix, ...numbers] = match;
   const [first, last = first, firstIndex, lastIndex = firstIndex] = numbers.map((n) => (n === undefined ? n : Number(n)));
-  if (first > last || firstIndex > lastIndex) return { problem: `the range in '${entry}' runs backwards` };
+  if (first > last || firstIndex > lastIndex) return { problem: words("backwards", { entry }) };
   return { prefix, first, last, firstIndex, lastIndex: lastIndex ?? 0, whole: firstIndex === undefined };
 }
 
@@ -80,10 +83,12 @@ function readEntry(entry, layout) {
   const { problem, prefix, first, last, firstIndex, lastIndex, whole } = parse(entry);
   if (problem) return { problem };
   const depths = layout[prefix];
-  if (last >= depths.length) return { problem: `no block ${prefix}${last}` };
+  if (last >= depths.length) return { problem: words("noBlock", { block: `${prefix}${last}` }) };
   const keys = [];
   for (let number = first; number <= last; number++) {
-    if (!whole && lastIndex >= depths[number]) return { problem: `no layer ${lastIndex} in block ${prefix}${number}` };
+    if (!whole && lastIndex >= depths[number]) {
+      return { problem: words("noLayer", { layer: lastIndex, block: `${prefix}${number}` }) };
+    }
     const layers = keysOf(prefix, number, depths[number]);
     keys.push(...(whole ? layers : layers.slice(firstIndex, lastIndex + 1)));
   }

@@ -1,5 +1,7 @@
 // Which blocks the model at a node has, as far as the browser can know.
 
+import { words } from "./pladis_words.js";
+
 // in the spelling of block lists; tests/web compares them with the host's models
 export const KNOWN = {
   "the demo model": "d0-1,m0,u0-3",
@@ -22,11 +24,11 @@ export function reportBlocks(node, blocks) {
 export function blocksAt(node) {
   const loader = loaderOf(node);
   const id = identity(node, loader);
-  if (reported.has(id)) return { id, blocks: reported.get(id).join(","), origin: "The blocks at the last run." };
+  if (reported.has(id)) return { id, blocks: reported.get(id).join(","), origin: words("lastRun") };
   const name = loader && nameOf(loader);
-  if (!name) return { id, blocks: null, origin: "Queue once: then the blocks of this model are here." };
-  const guess = loader.comfyClass === "PLADISDemoCheckpoint" ? "" : ", going by the file name; a run tells for sure";
-  return { id, blocks: KNOWN[name], origin: `The blocks of ${name}${guess}.` };
+  if (!name) return { id, blocks: null, origin: words("unknown") };
+  const origin = loader.comfyClass === "PLADISDemoCheckpoint" ? words("demo") : words("guessed", { model: name });
+  return { id, blocks: KNOWN[name], origin };
 }
 
 function nameOf(loader) {

@@ -1,33 +1,46 @@
 // Chips for the blocks of a model. What is chosen is the text of a block list and nothing else.
 
 import { emptyLayout, keysOf, layoutNamedBy, readBlocks, writeBlocks } from "./pladis_blocks.js";
-
-const ROWS = { d: "Down", m: "Middle", u: "Up", b: "Blocks" };
+import { COLORS } from "./pladis_colors.js";
+import { words } from "./pladis_words.js";
 
 // above and below the content
 export const PICKER_PADDING = 12;
 
 const STYLE = `
-  :host { display: block; height: 100%; box-sizing: border-box; overflow-y: auto; scrollbar-width: thin;
-    padding: ${PICKER_PADDING / 2}px 8px; border-radius: 6px; background: var(--comfy-input-bg); color: var(--descrip-text);
-    font: 11px/1.3 system-ui, sans-serif; user-select: none; }
-  .off { opacity: 0.4; pointer-events: none; }
-  .idle { opacity: 0.6; }
-  .row { display: flex; gap: 6px; margin-bottom: 4px; }
-  .row > label { flex: none; width: 40px; line-height: 18px; }
-  .chips { display: flex; flex-wrap: wrap; gap: 4px; }
-  .chip { display: inline-flex; align-items: stretch; gap: 1px; height: 18px; border-radius: 4px; overflow: hidden; }
-  button { all: unset; box-sizing: border-box; cursor: pointer; background: var(--border-color); color: var(--input-text); }
-  button:hover { filter: brightness(1.25); }
-  button:focus-visible { outline: 1px solid var(--input-text); outline-offset: -1px; }
-  button[aria-pressed="true"] { background: var(--primary-background, #0b8ce9); color: #fff; }
-  button[aria-pressed="mixed"] { box-shadow: inset 0 -3px var(--primary-background, #0b8ce9); }
-  .block { min-width: 24px; padding: 0 5px; line-height: 18px; text-align: center; }
-  .layer { width: 8px; }
+  :host { ${COLORS} display: block; height: 100%; box-sizing: border-box; overflow-y: auto; scrollbar-width: thin;
+    padding: ${PICKER_PADDING / 2}px 8px; border-radius: 6px; font: 11px/1.3 system-ui, sans-serif; user-select: none; }
+  /* as wide as the longest label of the language */
+  .rows { display: grid; grid-template-columns: auto 1fr; gap: 4px 6px; margin-bottom: 4px; }
+  .rows > label { line-height: 18px; }
+  /* every row has the same columns, as wide as the widest chip */
+  .chips { display: grid; gap: 4px;
+    grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--name) + var(--layers) * 7px), 1fr)); }
+  .chip { display: flex; gap: 1px; height: 18px; }
+  button { all: unset; box-sizing: border-box; cursor: pointer; background: var(--button); color: var(--button-text); }
+  button:hover { background: var(--button-hovered); }
+  /* the fill carries the text, the edge stands out from the panel */
+  button[aria-pressed="true"] { background: var(--chosen); color: #fff; box-shadow: inset 0 0 0 1px var(--accent); }
+  button[aria-pressed="true"]:hover { box-shadow: inset 0 0 0 1px var(--text); }
+  button[aria-pressed="mixed"] { box-shadow: inset 0 -3px var(--accent); }
+  button:focus-visible { outline: 1px solid var(--text); outline-offset: -1px; }
+  .block { flex: 1 0 var(--name); line-height: 18px; text-align: center; }
+  .block:not(:last-child) { flex: none; width: var(--name); }
+  .layer { flex: 1; }
+  .chip > :first-child { border-radius: 4px 0 0 4px; }
+  .chip > :last-child { border-radius: 0 4px 4px 0; }
+  .chip > :only-child { border-radius: 4px; }
+  /* nothing in it tells it from the panel */
+  .layer[aria-pressed="false"] { box-shadow: inset 0 0 0 1px var(--grey); }
+  /* not what runs, or not to be clicked; fainter text could not be read */
+  .idle button[aria-pressed="true"], .off button[aria-pressed="true"] { background: var(--button);
+    color: var(--button-text); }
+  .off { pointer-events: none; }
+  .off button, .off button[aria-pressed="true"] { background: none; color: inherit; }
   /* two lines: a node whose height changed with its hint would make an undo step of its own */
-  .foot { display: flex; align-items: flex-start; gap: 6px; min-height: 29px; }
-  .foot span { flex: 1; }
-  .foot .wrong { color: var(--error-text); }
+  .foot { display: flex; align-items: center; gap: 6px; min-height: 29px; }
+  .foot span { flex: 1; unicode-bidi: plaintext; }
+  .foot .wrong { color: var(--error); }
   .foot button { padding: 0 6px; border-radius: 4px; line-height: 16px; }
 `;
 
@@ -59,7 +72,7 @@ export function blockPicker(edit) {
     current = { layout, everything, chosen, wrong };
     const focused = shadow.activeElement?.dataset.keys;
     content.className = state.linked ? "content off" : state.layers === "custom" ? "content" : "content idle";
-    content.replaceChildren(...rows(layout, chosen), foot(everything, hint(state, current)));
+    content.replaceChildren(rows(layout, chosen), foot(everything, hint(state, current)));
     if (focused) content.querySelector(`[data-keys="${focused}"]`)?.focus();
   }
 
@@ -76,16 +89,24 @@ export function blockPicker(edit) {
 }
 
 function rows(layout, chosen) {
-  return Object.entries(ROWS).filter(([prefix]) => layout[prefix].length).map(([prefix, label]) => {
-    const chips = layout[prefix].map((depth, number) => {
-      const keys = keysOf(prefix, number, depth);
-      const layers = depth > 1 ? keys.map((key) => toggle([key], chosen, "layer", "", `Layer ${key}`)) : [];
-      const block = toggle(keys, chosen, "block", `${prefix}${number}`, `Block ${prefix}${number}`);
-      return element("span", { className: "chip" }, block, ...layers);
-    });
-    return element("div", { className: "row" },
-      element("label", { textContent: label }), element("div", { className: "chips" }, ...chips));
-  });
+  const shown = Object.entries(layout).filter(([, depths]) => depths.length);
+  const made = element("div", { className: "rows" }, ...shown.flatMap(([prefix, depths]) => [
+    element("label", { textContent: words(prefix) }),
+    element("div", { className: "chips" }, ...depths.map((depth, number) => chip(prefix, number, depth, chosen))),
+  ]));
+  const deepest = Math.max(0, ...shown.flatMap(([, depths]) => depths));
+  const longest = Math.max(0, ...shown.map(([prefix, depths]) => `${prefix}${depths.length - 1}`.length));
+  made.style.setProperty("--layers", deepest > 1 ? deepest : 0);
+  made.style.setProperty("--name", `${10 + 7 * longest}px`);
+  return made;
+}
+
+function chip(prefix, number, depth, chosen) {
+  const name = `${prefix}${number}`;
+  const keys = keysOf(prefix, number, depth);
+  const layers = depth > 1 ? keys.map((key) => toggle([key], chosen, "layer", "", words("layer", { layer: key }))) : [];
+  const block = toggle(keys, chosen, "block", name, words("block", { block: name }));
+  return element("span", { className: "chip" }, block, ...layers);
 }
 
 function toggle(keys, chosen, className, textContent, title) {
@@ -98,7 +119,7 @@ function toggle(keys, chosen, className, textContent, title) {
 
 function foot(everything, { text, wrong }) {
   const buttons = everything.length ? ["all", "none"].map((set) => {
-    const button = element("button", { textContent: set });
+    const button = element("button", { textContent: words(set) });
     Object.assign(button.dataset, { keys: everything.join(" "), set });
     return button;
   }) : [];
@@ -107,11 +128,12 @@ function foot(everything, { text, wrong }) {
 }
 
 function hint({ layers, linked, origin }, { everything, chosen, wrong }) {
-  if (linked) return { text: "The list comes from a link." };
-  if (wrong.length) return { text: `${wrong.map(({ problem }) => problem).join("; ")}.`, wrong: true };
+  if (linked) return { text: words("linked") };
+  const problems = wrong.map(({ problem }) => problem).join("; ");
+  if (problems) return { text: words("problems", { problems }), wrong: true };
   if (!everything.length) return { text: origin };
-  if (layers !== "custom") return { text: `Not used: layers is ${layers}. A click on a block sets it to custom.` };
-  if (!chosen.size) return { text: "Choose at least one block.", wrong: true };
+  if (layers !== "custom") return { text: words("unused", { layers }) };
+  if (!chosen.size) return { text: words("empty"), wrong: true };
   return { text: origin };
 }
 

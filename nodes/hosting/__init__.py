@@ -4,13 +4,15 @@
 are made of), `roads` (the ways to a layer's attention), `looking` (maps and words).
 """
 
+from .lists import numbers
 from .models.layers import LAYER_CHOICES, block_names, choose_layers, layer_names
 from .models.target import Target, find_target
+from .models.tokens import TOKENS, check_tokens
 from .sampling import concatenate, samplers, schedulers
 from .settings import APPLY_TO, SCHEDULES, Settings
 from .wrappers import apply_settings
 
 __all__ = [
-    "APPLY_TO", "LAYER_CHOICES", "SCHEDULES", "Settings", "Target", "apply_settings", "block_names", "choose_layers",
-    "concatenate", "find_target", "layer_names", "samplers", "schedulers",
+    "APPLY_TO", "LAYER_CHOICES", "SCHEDULES", "TOKENS", "Settings", "Target", "apply_settings", "block_names",
+    "check_tokens", "choose_layers", "concatenate", "find_target", "layer_names", "numbers", "samplers", "schedulers",
 ]  # fmt: skip

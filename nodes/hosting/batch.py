@@ -27,10 +27,12 @@ REPEAT_TOLERANCE = 1e-2
 
 
 class Prompt(NamedTuple):
-    """Whose a row is: "positive" or "negative", and that prompt's own number of tokens (None: not known)."""
+    """Whose a row is: "positive" or "negative", that prompt's own number of tokens (None: not known), and what these
+    are (models/tokens.py; empty: not known, or not asked for)."""
 
     role: str
     length: int | None
+    kinds: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Known:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows that are computed alike. `length` is the prompt's own length; None: not known."""
+    """Consecutive rows that are computed alike. `length` is the prompt's own length; None: not known. `kinds` has every
+    row's tokens; empty: not known."""
 
     rows: slice
     length: int | None
     active: bool
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,9 @@ class Batch:
 def _cut(prompts: Sequence[Prompt], apply_to: str) -> list[Segment]:
     segments, start = [], 0
     for (length, active), group in groupby(prompts, lambda p: (p.length, apply_to in ("both", p.role))):
-        stop = start + len(list(group))
-        segments.append(Segment(slice(start, stop), length, active))
+        kinds = tuple(prompt.kinds for prompt in group)
+        stop = start + len(kinds)
+        segments.append(Segment(slice(start, stop), length, active, kinds))
         start = stop
     return segments
 
@@ -193,8 +198,9 @@ def _chunks(options: Mapping[str, Any], known: Sequence[Known]) -> tuple[Prompt,
             fitting = [k for k in fitting if k.prompt.role == usual_role(index)]
         if not fitting:
             return ()
-        lengths = {k.prompt.length for k in fitting}
-        chunks.append(Prompt(fitting[0].prompt.role, lengths.pop() if len(lengths) == 1 else None))
+        lengths, kinds = {k.prompt.length for k in fitting}, {k.prompt.kinds for k in fitting}
+        length = lengths.pop() if len(lengths) == 1 else None
+        chunks.append(Prompt(fitting[0].prompt.role, length, kinds.pop() if len(kinds) == 1 else ""))
     return tuple(chunks)
 
 

@@ -6,6 +6,7 @@ It is not one of the models that ComfyUI recognises: its configuration is given 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import comfy.clip_model
@@ -18,7 +19,9 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.utils
+import folder_paths
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ...demo import config
 from ...demo.vocabulary import END, LENGTH, START, TOKENS, split_words
@@ -56,14 +59,54 @@ class DemoConfig(comfy.supported_models_base.BASE):
         return comfy.supported_models_base.ClipTarget(DemoTokenizer, DemoClip)
 
 
+# under which names the host saves the parts of a checkpoint (comfy/supported_models_base.py, BASE)
+SAVED_UNET, SAVED_TEXT, SAVED_VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
+# bytes: a checkpoint of the demo model in float32 has some 15 MB, any other kind of model hundreds
+LARGEST = 1 << 26
+
+
 def load_demo_model(unet: str) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE from demo/weights; `unet` names the file of the diffusion model."""
-    return _load_unet(_read(unet)), _load_clip(_read("text_encoder")), _load_vae(_read("autoencoder"))
+    """MODEL, CLIP and VAE; `unet` names a diffusion model of demo/weights, or a checkpoint that was saved of one."""
+    return load_unet(unet), load_clip(unet), load_vae(unet)
 
 
-def _read(name: str) -> Weights:
-    file: Path = config.WEIGHTS / f"{name}.safetensors"
-    if not file.is_file():
+def saved_checkpoints() -> list[str]:
+    """The checkpoints in ComfyUI's folders that Save Checkpoint made of the demo model.
+
+    ComfyUI's own loaders do not know this kind of model.
+    """
+    names = folder_paths.get_filename_list("checkpoints")
+    return [name for name in names if _is_demo_model(folder_paths.get_full_path("checkpoints", name))]
+
+
+def _is_demo_model(file: str | None) -> bool:
+    if file is None or not file.endswith(".safetensors") or os.path.getsize(file) > LARGEST:
+        return False
+    try:
+        with safe_open(file, "pt") as checkpoint:
+            return _weight_names() <= set(checkpoint.keys())
+    except SafetensorError:
+        return False
+
+
+def _weight_names() -> set[str]:
+    """Of the diffusion model, in a checkpoint."""
+    names = unet_names()
+    with safe_open(config.WEIGHTS / "unet.safetensors", "pt") as shipped:
+        keys = shipped.keys()
+    return {SAVED_UNET + names[key] for key in keys}
+
+
+def _read(unet: str, prefix: str, shipped: str) -> tuple[Weights, bool]:
+    """The weights of a part, and whether they have the host's names: a saved checkpoint's, where it holds the part."""
+    saved = folder_paths.get_full_path("checkpoints", unet)
+    weights = _floats(saved) if saved else {}
+    weights = comfy.utils.state_dict_prefix_replace(weights, {prefix: ""}, filter_keys=True)
+    return (weights, True) if weights else (_floats(config.WEIGHTS / f"{shipped}.safetensors"), False)
+
+
+def _floats(file: str | Path) -> Weights:
+    if not Path(file).is_file():
         raise FileNotFoundError(f"{file} is missing: install the pack again, its demo model comes with it")
     return {key: value.float() for key, value in comfy.utils.load_torch_file(str(file)).items()}
 
@@ -94,18 +137,29 @@ def unet_config() -> dict:
     }
 
 
-def _load_unet(weights: Weights) -> comfy.model_patcher.ModelPatcher:
-    layout = unet_config()
-    demo = DemoConfig(layout)
+def unet_names() -> dict[str, str]:
+    """diffusers' names of the diffusion model's weights to ComfyUI's."""
+    return comfy.utils.unet_to_diffusers(unet_config())
+
+
+def load_unet(unet: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """As comfy/sd.py load_state_dict_guess_config does it; the host calls it again for copies of the model."""
+    weights, hosts = _read(unet, SAVED_UNET, unet)
+    if not hosts:
+        names = unet_names()
+        weights = {names[key]: value for key, value in weights.items()}
+    demo = DemoConfig(unet_config())
     demo.set_inference_dtype(torch.float32, None)
-    names = comfy.utils.unet_to_diffusers(layout)
     model = demo.get_model({}, device=torch.device("cpu"))
-    model.load_model_weights({names[key]: value for key, value in weights.items()}, "")
-    return comfy.model_patcher.CoreModelPatcher(
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+    model.load_model_weights(weights, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_unet, (unet,))
+    return patcher
 
 
 class DemoTextModel(comfy.clip_model.CLIPTextModel):
@@ -175,20 +229,29 @@ class DemoTokenizer(comfy.sd1_clip.SD1Tokenizer):
         )
 
 
-def _load_clip(weights: Weights) -> comfy.sd.CLIP:
-    prefix = "clip_l.transformer."
-    named = {f"{prefix}text_model.{key}": value for key, value in weights.items()}
-    # the host projects the pooled state, which a model without pooled conditioning never looks at
-    named[f"{prefix}text_projection.weight"] = torch.eye(config.TEXT_ENCODER["hidden_size"])
-    return comfy.sd.CLIP(
+def load_clip(unet: str, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    weights, hosts = _read(unet, SAVED_TEXT, "text_encoder")
+    if not hosts:
+        prefix = "clip_l.transformer."
+        weights = {f"{prefix}text_model.{key}": value for key, value in weights.items()}
+        # the host projects the pooled state, which a model without pooled conditioning never looks at
+        weights[f"{prefix}text_projection.weight"] = torch.eye(config.TEXT_ENCODER["hidden_size"])
+    clip = comfy.sd.CLIP(
         DemoConfig({}).clip_target(),
-        state_dict=named,
-        parameters=comfy.utils.calculate_parameters(named),
+        state_dict=weights,
+        parameters=comfy.utils.calculate_parameters(weights),
         model_options={"dtype": torch.float32},
+        disable_dynamic=disable_dynamic,
     )
+    clip.patcher.cached_patcher_init = (_clip_patcher, (unet,))
+    return clip
 
 
-def _load_vae(weights: Weights) -> comfy.sd.VAE:
+def _clip_patcher(unet: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_clip(unet, disable_dynamic).patcher
+
+
+def load_vae(unet: str) -> comfy.sd.VAE:
     size = config.AUTOENCODER
     levels = len(size["channels"])
     layout = {
@@ -203,14 +266,22 @@ def _load_vae(weights: Weights) -> comfy.sd.VAE:
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    named = comfy.diffusers_convert.convert_vae_state_dict(weights)
-    # the host numbers the decoder's levels as if there were four of them
-    for level in range(4 - levels, 4):
-        there, here = f"decoder.up.{level}.", f"decoder.up.{level + levels - 4}."
-        named = comfy.utils.state_dict_prefix_replace(named, {there: here})
+    weights, hosts = _read(unet, SAVED_VAE, "autoencoder")
+    if not hosts:
+        weights = comfy.diffusers_convert.convert_vae_state_dict(weights)
+        # the host numbers the decoder's levels as if there were four of them
+        for level in range(4 - levels, 4):
+            there, here = f"decoder.up.{level}.", f"decoder.up.{level + levels - 4}."
+            weights = comfy.utils.state_dict_prefix_replace(weights, {there: here})
     vae = comfy.sd.VAE(
-        sd=named, config={"params": {"ddconfig": layout, "embed_dim": config.LATENT_CHANNELS}}, dtype=torch.float32
+        sd=weights, config={"params": {"ddconfig": layout, "embed_dim": config.LATENT_CHANNELS}}, dtype=torch.float32
     )
     vae.downscale_ratio = vae.upscale_ratio = config.DOWNSCALE
     vae.latent_channels = config.LATENT_CHANNELS
+    vae.patcher.cached_patcher_init = (_vae_patcher, (unet,))
     return vae
+
+
+def _vae_patcher(unet: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    # the host's VAE leaves no choice (comfy/sd.py, load_checkpoint_vae_patcher)
+    return load_vae(unet).patcher

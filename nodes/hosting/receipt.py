@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 from .models.layers import Layer, layer_names
@@ -43,6 +43,10 @@ class Step:
     # their blocks ran, but their attention went past PLADIS
     missed: set[Layer] = field(default_factory=set)
 
+    @property
+    def ran(self) -> set[Layer]:
+        return self.reached | self.missed
+
 
 # what a step can be for an Apply node, and the words for it
 KINDS = {
@@ -54,8 +58,9 @@ KINDS = {
 }
 
 
-def _kind(step: Step, i: int, layers: frozenset[Layer], ever: set[Layer]) -> str:
-    """What a step was for the Apply node at place `i`; `ever` are those of its layers that were reached in the run."""
+def _kind(step: Step, i: int, layers: frozenset[Layer], ever: Set[Layer]) -> str:
+    """What a step was for the Apply node at place `i`; `ever` are those of its layers that were reached in the run and
+    that this step's expert has."""
     reached = step.reached & layers
     # of a layer that is never reached the words tell by its name
     if step.past or step.missed & layers & (ever or layers):
@@ -101,6 +106,7 @@ class Receipt:
             self._seen |= call.reached
             for i in on:
                 layers = self._applied[i].settings.layers & call.active.keys()
+                layers = self._target.expected(layers, call.ran | call.reached)
                 if layers and not layers & self._seen:
                     raise RuntimeError(self._nothing(layers))
 
@@ -160,7 +166,8 @@ class Receipt:
         settings, layers = self._applied[i].settings, self._applied[i].settings.layers
         steps = self._steps or [self._calls]
         ever = {layer for step in steps for layer in step.reached} & layers
-        kinds = [_kind(step, i, layers, ever) for step in steps]
+        expected = self._target.expected
+        kinds = [_kind(step, i, layers, expected(ever, step.ran)) for step in steps]
         count = {kind: kinds.count(kind) for kind in KINDS}
         total, unit = (len(steps), "steps") if self._steps else (self._calls.calls, "model calls")
         whole = count["whole"] if self._steps else total * count["whole"]
@@ -169,7 +176,10 @@ class Receipt:
         words = f"{what} in {whole} of {total} {unit}, {settings.describe()}"
         words += "".join(f"; {count[kind]} {KINDS[kind]}" for kind in KINDS if kind != "whole" and count[kind])
         missed = {layer for step in steps for layer in step.missed} & layers
-        missing = (layers - ever) | missed if ever else set()
+        due = expected(layers, {layer for step in steps for layer in step.ran})
+        if idle := len(layers - due):
+            words += f"; {idle} of an expert that did not run"
+        missing = (due - ever) | missed if ever else set()
         if missing:
             words += f". Not reached: {self._names(missing)}"
         # a cache has nothing to answer from before the first evaluation
@@ -197,8 +207,8 @@ class Receipt:
 
 
 def show_on_node(node: str, words: str) -> None:
-    """The words on the node, in both renderers, in the browser that queued the run (server.py, send_progress_text)."""
+    """The words on the node, in the browser that queued the run (web/pladis_receipt.js)."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     # without a client they would go to every browser, on whatever node has this id there
     if server is not None and server.client_id is not None:
-        server.send_progress_text(words, node, server.client_id)
+        server.send_sync("pladis.receipt", {"node": node, "text": words}, server.client_id)

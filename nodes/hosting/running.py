@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -51,10 +51,11 @@ class ModelCall:
     ran: set[Layer] = field(default_factory=set)
     reached: set[Layer] = field(default_factory=set)
     # what roads note: of a joint row where its text is, of a picture how many queries stand in front of it, what to
-    # undo when the module that runs is left, what compiled code finds in its slots
+    # undo when the module that runs is left and when the call is over, what compiled code finds in its slots
     row: Any = None
     ahead: int = 0
     undo: list[Callable[[], None]] = field(default_factory=list)
+    closing: list[Callable[[], None]] = field(default_factory=list)
     slots: dict[str, dict] = field(default_factory=dict)
 
     def lost_hooks(self) -> RuntimeError:
@@ -69,6 +70,11 @@ class ModelCall:
         """The module that ran is done: what was diverted for it is back."""
         while self.undo:
             self.undo.pop()()
+
+    def close(self) -> None:
+        """The call is over: what was diverted for all of it is back."""
+        while self.closing:
+            self.closing.pop()()
 
     def __deepcopy__(self, memo) -> ModelCall:
         # other packs copy options that it is in
@@ -216,13 +222,15 @@ def _hook_block(target: Target, block: nn.Module, layers: list[Layer]):
 
 
 class Diversion:
-    """A function of another Python module, in whose place one of ours stands while a thread wants it.
+    """A function in a Python module or in a network's, in whose place one of ours stands while a thread wants it.
 
-    Ours acts in the threads that entered, and calls what stood there before; other threads notice nothing.
+    Ours acts in the threads that entered, and calls what stood there before; other threads notice nothing. `default`:
+    what is meant where None stands there.
     """
 
-    def __init__(self, place: ModuleType, name: str):
-        self._place, self._name = place, name
+    def __init__(self, place: ModuleType | nn.Module, name: str, default: Callable[..., Any] | None = None):
+        # the one who keeps diversions by their place must not keep the place
+        self._place, self._name, self._default = ref(place), name, default
         self._overrides: dict[int, Callable[..., Any]] = {}
         self._resident: Callable[..., Any] | None = None
 
@@ -230,8 +238,8 @@ class Diversion:
         """Until `leave`, this thread's calls go to `override(function, *args, **kwargs)`."""
         with _lock:
             if not self._overrides:
-                self._resident = getattr(self._place, self._name)
-                setattr(self._place, self._name, self._function)
+                self._resident = getattr(self._place(), self._name)
+                setattr(self._place(), self._name, self._function)
             self._overrides[threading.get_ident()] = override
 
     def leave(self) -> None:
@@ -239,11 +247,11 @@ class Diversion:
         with _lock:
             entered = self._overrides.pop(threading.get_ident(), None)
             if entered is not None and not self._overrides:
-                setattr(self._place, self._name, self._resident)
+                setattr(self._place(), self._name, self._resident)
 
     def _function(self, *args, **kwargs):
         # taken before the look-up: the last thread to leave may be leaving
-        resident = self._resident
+        resident = self._resident or self._default
         override = self._overrides.get(threading.get_ident())
         return resident(*args, **kwargs) if override is None else override(resident, *args, **kwargs)
 

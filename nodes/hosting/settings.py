@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from .models.layers import Layer
+from .models.tokens import TOKENS, Encoded
 
 TABLE_STEPS = 512
 _sigma_tables: WeakKeyDictionary[Any, list[float]] = WeakKeyDictionary()
@@ -27,11 +28,12 @@ class Settings:
     """PLADIS on `layers` with lambda `lam`, inside a window of the noise schedule, for some of the prompts.
 
     Over the window, lambda goes to `end_lam` on the curve of `schedule`. `norm_cap` limits the length of every
-    attention output to that many times its length without PLADIS; 0 is no limit.
+    attention output to that many times its length without PLADIS; 0 is no limit. `tokens` are those that are mixed
+    (models/tokens.py), and `texts` what was encoded, where they are told by that.
 
     Raises:
         ValueError: a lambda not finite, alpha outside [1, 2], a percent outside [0, 1], start after end, unknown
-            apply_to or schedule, a norm_cap below 0.
+            apply_to, schedule or tokens, a norm_cap below 0.
     """
 
     layers: frozenset[Layer]
@@ -43,6 +45,8 @@ class Settings:
     schedule: str = "constant"
     end_lam: float = 0.0
     norm_cap: float = 0.0
+    tokens: str = "all"
+    texts: tuple[Encoded, ...] = ()
 
     def __post_init__(self) -> None:
         # by the names that the node's inputs have
@@ -63,6 +67,8 @@ class Settings:
             raise ValueError(f"apply_to {self.apply_to!r} is unknown: choose one of {', '.join(APPLY_TO)}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"scale_schedule {self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}.")
+        if self.tokens not in TOKENS:
+            raise ValueError(f"tokens {self.tokens!r} is unknown: choose one of {', '.join(TOKENS)}.")
         if not 0.0 <= self.norm_cap < math.inf:
             raise ValueError(f"norm_cap must be 0 (no limit) or a positive number, not {self.norm_cap}.")
 
@@ -94,7 +100,7 @@ class Settings:
     def describe(self) -> str:
         """`lambda 2, alpha 1.5`."""
         lam = f"{self.lam:g}" if self.schedule == "constant" else f"{self.lam:g} to {self.end_lam:g}"
-        return f"lambda {lam}, alpha {self.alpha:g}"
+        return f"lambda {lam}, alpha {self.alpha:g}" + ("" if self.tokens == "all" else f", {self.tokens}")
 
     def without(self, layers: frozenset[Layer]) -> Settings:
         return replace(self, layers=self.layers - layers)

@@ -20,6 +20,8 @@ WAYS_OUT = {
     "nag": "Use ComfyUI's Normalized Attention Guidance, or another NAG node that patches the MODEL, in place of its "
            "samplers.",
     "wanvideowrapper": "Use ComfyUI's own Wan nodes.",
+    "nodes_sparse_attention": "On MiniMax H3, Model Sparse Attention computes all attention by itself: remove that "
+                              "node, or Apply PLADIS.",
     "torch.compile": "Compile with ComfyUI's TorchCompileModel node, which PLADIS works beside.",
 }  # fmt: skip
 

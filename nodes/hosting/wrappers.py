@@ -23,6 +23,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from .batch import Known, read_batch, read_conditioning, read_guider
 from .models.families import UNET
 from .models.target import Target
+from .models.tokens import kinds_of
 from .receipt import Applied, Receipt, show_on_node
 from .roads import by_shape, compiled, transformer, unet
 from .running import KEY, ModelCall, evaluations, hooked, inside, kept, running
@@ -220,14 +221,23 @@ class ApplyModel:
         now = self._now(t, model_sampling) if text is not None else {}
         if not now:
             return None, []
-        wants_roles = any(settings.apply_to != "both" for settings in now.values())
-        known = context.conditionings()
+        wants_roles = any(s.apply_to != "both" or s.tokens != "all" for s in now.values())
+        known = self._with_kinds(context.conditionings(), target, now)
         batch = read_batch(x.shape[0], text, options, known, wants_roles, context.rearranged)
         now = {i: s for i, s in now.items() if s.apply_to == "both" or s.apply_to in batch.roles}
         active = {layer: s for s in now.values() for layer in target.layers if layer in s.layers}
         if not active:
             return None, []
         return ModelCall(target, active, batch, arguments, options, watch=self.watch), list(now)
+
+    def _with_kinds(self, known: tuple[Known, ...], target: Target, now: Mapping[int, Settings]) -> tuple[Known, ...]:
+        """The conditionings with what their tokens are, where somebody asks for it."""
+        wanting = [settings for settings in now.values() if settings.tokens != "all" or self.watch is not None]
+        if not wanting or target.family is None:
+            return known
+        texts = tuple(text for settings in wanting for text in settings.texts)
+        kinds = (kinds_of(k.context, target.family, target.network(), texts) for k in known)
+        return tuple(replace(k, prompt=k.prompt._replace(kinds=its)) for k, its in zip(known, kinds, strict=True))
 
     def _now(self, t: torch.Tensor, model_sampling) -> dict[int, Settings]:
         """The settings at this noise level, by the place of their Apply node."""
@@ -253,8 +263,9 @@ def _on_its_road(call: ModelCall | None, target: Target, context: Context, optio
     if is_compiled:
         executor = compiled.without_compiling(executor, target, options)
     road = by_shape if target.family is None else unet if is_unet else transformer
-    road.prepare(call, options)
     with contextlib.ExitStack() as stack:
+        stack.callback(call.close)
+        road.prepare(call, options)
         # a gradient may compute modules again when the call is over
         until = context.stack if torch.is_grad_enabled() and context.stack is not None else stack
         until.enter_context(hooked(target))

@@ -1,4 +1,9 @@
-"""Mathematics that every backend uses unchanged: how scores stay finite, what a mask means."""
+"""Mathematics that every backend uses unchanged: how scores stay finite, what a mask means.
+
+Mixed keys. Where only some keys of a row are mixed, with p the softmax over all keys and m the sum of p over these,
+their weights are dense * p + sparse * m * entmax_alpha of their scores alone, and every other key's (dense + sparse) *
+p: with dense + sparse = 1 all sums stay as softmax has them, and with dense + sparse = 0 the others get nothing.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +47,12 @@ def unit_keys(key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tens
     unit = key / peak / (-span if scale < 0 else span)
     gain = (peak * (abs(scale) * span)).clamp_(max=torch.finfo(key.dtype).max)
     return unit, gain
+
+
+def dense_factors(mixed: torch.Tensor, dense: float, sparse: float, dtype: torch.dtype) -> torch.Tensor:
+    """What every key's softmax weight is multiplied with, of the shape of `mixed`."""
+    factors = torch.full(mixed.shape, dense + sparse, dtype=dtype, device=mixed.device)
+    return factors.masked_fill_(mixed, dense)
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

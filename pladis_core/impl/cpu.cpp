@@ -26,9 +26,11 @@ typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 
 // mirrored by cpu.py, field by field; strides in elements, the last dimension of the query contiguous, key
 // [batch, kv_heads, keys, width], value [batch, kv_heads, columns / COLUMNS, keys, COLUMNS], gain [batch, kv_heads]
+// mixed, or NULL where all keys are mixed: how many of every batch's keys are, and these come first. common.py
 // rise, enough, squarings, quick: cpu.py
 struct Problem {
     const float *query, *key, *value, *gain, *mask, *row_lse;
+    const int64_t *mixed;
     float *out;
     int64_t batch, heads, kv_heads, queries, keys, width, value_width, columns;
     int64_t query_stride[3], mask_stride[4], row_lse_stride[3], out_stride[3];
@@ -361,19 +363,44 @@ static sums numerators(const Problem &p, vec *s, vec *w) {
     return numerators(s, w, p.keys, [&](vec c, vec slope) { return slope * at_least(c * b + top - t.step, 0.0f); });
 }
 
+// the mass that a longer row puts on these keys. common.py: row_mass
+template <class Lse>
+static vec mass_of(const Problem &p, vec peak, vec dense_sum, Lse row_lse) {
+    if (!p.row_lse) return vec{} + 1.0f;
+    return each([&](int i) {
+        float part = expf(peak[i] + logf(dense_sum[i]) - row_lse(i));
+        return !(part >= 0.0f) || dense_sum[i] == 0.0f ? 0.0f : part > 1.0f ? 1.0f : part;
+    });
+}
+
 // centred scores in, mass * (dense * softmax + sparse * entmax) out, in place. eager.py: _mix
 template <class Lse>
 static void mix(const Problem &p, vec *s, vec *w, vec peak, Lse row_lse) {
     sums total = numerators(p, s, w);
-    vec mass = vec{} + 1.0f;
-    if (p.row_lse)
-        mass = each([&](int i) {
-            float part = expf(peak[i] + logf(total.a[i]) - row_lse(i));
-            return !(part >= 0.0f) || total.a[i] == 0.0f ? 0.0f : part > 1.0f ? 1.0f : part;
-        });
+    vec mass = mass_of(p, peak, total.a, row_lse);
     vec on_dense = mass * p.dense / at_least(total.a, LEAST_SUM);
     vec on_sparse = mass * p.sparse / at_least(total.b, LEAST_SUM);
     for (int64_t k = 0; k < p.keys; k++) s[k * WIDTH] = on_dense * s[k * WIDTH] + on_sparse * w[k * WIDTH];
+}
+
+// the same where the first `mixed` keys alone are mixed. eager.py: _mix_some
+template <class Lse>
+static void mix_some(const Problem &p, int64_t mixed, vec *s, vec *w, vec peak, Lse row_lse) {
+    Problem part = p;
+    part.keys = mixed;
+    part.rise = -expm1f((1.0f - p.alpha) * logf(mixed)) / (p.alpha - 1.0f);
+    vec highest = vec{} - LARGE;
+    for (int64_t k = 0; k < mixed; k++) highest = larger(highest, s[k * WIDTH]);
+    for (int64_t k = 0; k < mixed; k++) s[k * WIDTH] -= highest;
+    sums total = mixed ? numerators(part, s, w) : sums{};
+    vec factor = exponential(highest);
+    vec rest = sum_of(mixed, p.keys, [&](int64_t k) { return s[k * WIDTH] = exponential(s[k * WIDTH]); });
+    vec dense_sum = rest + factor * total.a;
+    vec each_dense = mass_of(p, peak, dense_sum, row_lse) / at_least(dense_sum, LEAST_SUM);
+    vec on_dense = each_dense * factor * p.dense, on_others = each_dense * (p.dense + p.sparse);
+    vec on_sparse = each_dense * factor * total.a * p.sparse / at_least(total.b, LEAST_SUM);
+    for (int64_t k = 0; k < mixed; k++) s[k * WIDTH] = on_dense * s[k * WIDTH] + on_sparse * w[k * WIDTH];
+    for (int64_t k = mixed; k < p.keys; k++) s[k * WIDTH] *= on_others;
 }
 
 // `lanes` queries of one head, from query `first` on; the rest of the tile repeats the first of them
@@ -396,7 +423,9 @@ static void tile(const Problem &p, int64_t b, int64_t h, int64_t first, int64_t 
         vec peak = centre(p, p.gain[kv], own, [&](int i, int64_t k) {
             return mask[lane(i) * p.mask_stride[2] + k * p.mask_stride[3]];
         });
-        mix(p, own, (vec *)w + g, peak, [&](int i) { return row_lse[lane(i) * p.row_lse_stride[2]]; });
+        auto lse = [&](int i) { return row_lse[lane(i) * p.row_lse_stride[2]]; };
+        if (p.mixed) mix_some(p, p.mixed[b], own, (vec *)w + g, peak, lse);
+        else mix(p, own, (vec *)w + g, peak, lse);
     }
     weighted(s, p.value + kv * p.keys * p.columns, p.keys, p.value_width, p.columns, o);
     float *out = p.out + b * p.out_stride[0] + h * p.out_stride[1] + first * p.out_stride[2];

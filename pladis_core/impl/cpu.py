@@ -33,7 +33,7 @@ class Problem(ctypes.Structure):
     """`Problem` of cpu.cpp."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("query", "key", "value", "gain", "mask", "row_lse", "out")]
+        [(name, ctypes.c_void_p) for name in ("query", "key", "value", "gain", "mask", "row_lse", "mixed", "out")]
         + [
             (name, ctypes.c_int64)
             for name in ("batch", "heads", "kv_heads", "queries", "keys", "width", "value_width", "columns")
@@ -105,7 +105,7 @@ def usable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return plain and query.device.type == "cpu" and dtype == torch.float32 and compiled_loop() is not None
 
 
-def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """As `attend` of impl/eager.py."""
     batch, heads, queries, width = query.shape
     keys, value_width = value.shape[-2:]
@@ -116,20 +116,23 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     alpha = ctypes.c_float(alpha).value
     if alpha == 1.0:
         dense, sparse = dense + sparse, 0.0
+    order, mixed = (None, None) if mix_mask is None or sparse == 0.0 else _mixed_first(mix_mask)
     loop = compiled_loop()
     block = loop.pladis_columns()
     query_rows = query.detach().float()
     query_rows = query_rows if query_rows.stride(-1) == 1 else query_rows.contiguous()
     unit, gain = (t.contiguous() for t in unit_keys(key.detach().float(), scale))
+    unit = unit if order is None else torch.take_along_dim(unit, order[:, None, :, None], 2)
     values = bounded_value(value.detach().float(), dense, sparse)
+    values = values if order is None else torch.take_along_dim(values, order[:, None, :, None], 2)
     values = torch.nn.functional.pad(values, (0, -value_width % block))
     columns = values.shape[-1]
     values = values.unflatten(-1, (-1, block)).transpose(2, 3).contiguous()
-    bias = None if mask is None else _unexpanded_mask(mask)
+    bias = None if mask is None else _unexpanded_mask(mask, order)
     row_lse = None if row_lse is None else row_lse.detach().float()
     newton = solver(alpha, keys) if sparse else Solver(0, 0.0, 0.0, 0, ())
     problem = Problem(
-        *(None if t is None else t.data_ptr() for t in (query_rows, unit, values, gain, bias, row_lse, out)),
+        *(None if t is None else t.data_ptr() for t in (query_rows, unit, values, gain, bias, row_lse, mixed, out)),
         batch, heads, key.shape[1], queries, keys, width, value_width, columns,
         (ctypes.c_int64 * 3)(*query_rows.stride()[:3]),
         (ctypes.c_int64 * 4)(*(() if bias is None else bias.stride())),
@@ -143,7 +146,15 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     return scaled_to(out, mass, query.dtype)
 
 
-def _unexpanded_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Additive, float32, converted before it is expanded to all heads and queries."""
+def _mixed_first(mix_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys of every batch, (B, Lk), those that are mixed in front, and how many these are, (B,)."""
+    return (~mix_mask).to(torch.int8).argsort(dim=-1, stable=True), mix_mask.sum(-1)
+
+
+def _unexpanded_mask(mask: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Additive, float32, keys in `order`; converted before it is expanded to all heads and queries."""
     stored = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
-    return additive_mask(stored, torch.float32).expand(mask.shape)
+    bias = additive_mask(stored, torch.float32)
+    if order is not None and bias.shape[-1] > 1:
+        bias = torch.take_along_dim(bias, order[:, None, None], -1)
+    return bias.expand(mask.shape)

@@ -20,7 +20,17 @@ from collections.abc import Iterator
 
 import torch
 
-from .common import additive_mask, bounded_value, centred, compute_dtype, newton_steps, row_mass, scaled_to, unit_keys
+from .common import (
+    additive_mask,
+    bounded_value,
+    centred,
+    compute_dtype,
+    dense_factors,
+    newton_steps,
+    row_mass,
+    scaled_to,
+    unit_keys,
+)
 
 # Bytes of one score buffer, of which there are two or three: near a core's cache, enough work per kernel launch.
 CPU_BUFFER_BYTES = 5 << 19
@@ -107,22 +117,30 @@ def _generic_numerators(scores: torch.Tensor, alpha: float, dim: int, weights: t
     weights.addcmul_(base, (1.0 - total) / slope)
 
 
-def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float) -> torch.Tensor:
-    """dense * softmax(scores) + sparse * entmax_alpha(scores) over `dim`, in float32 or wider; 0 where all masked."""
+def mix_weights(
+    scores: torch.Tensor, mixed: torch.Tensor | None, alpha: float, dim: int, dense: float, sparse: float
+) -> torch.Tensor:
+    """dense * softmax(scores) + sparse * entmax_alpha(scores) over `dim`, in float32 or wider; 0 where all masked.
+
+    `mixed`: broadcastable to scores; the keys that are mixed, see `impl/common.py`.
+    """
     scores = scores.to(compute_dtype(scores.dtype))
     if scores.numel() == 0:
         return scores.clone()
     peak = scores.amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     scores = scores - peak
-    return _mix(scores, alpha, dim, dense, sparse, torch.empty_like(scores))[0]
+    return _mix(scores, mixed, alpha, dim, dense, sparse, torch.empty_like(scores))[0]
 
 
 def _mix(
-    scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scores: torch.Tensor, mixed: torch.Tensor | None, alpha: float, dim: int, dense: float, sparse: float,
+    weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The same on centred scores, in one of the two buffers, and the sum of their exponentials; it overwrites both."""
     if alpha == 1.0:
         dense, sparse = dense + sparse, 0.0
+    if mixed is not None and sparse != 0.0:
+        return _mix_some(scores, mixed, alpha, dim, dense, sparse, weights)
     if sparse != 0.0:
         total = entmax_numerators(scores, alpha, dim, weights)
         weights.mul_(sparse / total.clamp_(min=LEAST_SUM))
@@ -130,6 +148,19 @@ def _mix(
     softmax_sum = softmax.sum(dim, keepdim=True)
     factor = dense / softmax_sum.clamp(min=LEAST_SUM)
     return (softmax.mul_(factor) if sparse == 0.0 else weights.addcmul_(softmax, factor)), softmax_sum
+
+
+def _mix_some(scores, mixed, alpha, dim, dense, sparse, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_mix` of the keys `mixed`, whose sum stays; the others keep their softmax weight."""
+    chosen = scores.masked_fill(~mixed, -torch.inf)
+    chosen -= chosen.amax(dim, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+    total = entmax_numerators(chosen, alpha, dim, weights)
+    softmax = scores.exp_()
+    softmax_sum = softmax.sum(dim, keepdim=True)
+    softmax.div_(softmax_sum.clamp(min=LEAST_SUM))
+    mass = torch.mul(softmax, mixed, out=chosen).sum(dim, keepdim=True)
+    weights.mul_(mass * (sparse / total.clamp_(min=LEAST_SUM)))
+    return weights.add_(softmax.mul_(dense_factors(mixed, dense, sparse, softmax.dtype))), softmax_sum
 
 
 def chunk_shape(heads: int, queries: int, keys: int, elements: int) -> tuple[int, int]:
@@ -155,7 +186,7 @@ def chunks(rows: tuple[int, int, int], keys: int, elements: int) -> Iterator[tup
                 yield b, slice(h, h + step_h), slice(start, start + step_q)
 
 
-def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
     batch, heads, queries, _ = query.shape
     keys = key.shape[-2]
@@ -171,7 +202,7 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     elements = chunk_elements(query.device, dtype)
     while True:
         try:
-            _fill(out, query, unit, gain, value, mask, alpha, dense, sparse, mass, row_lse, elements)
+            _fill(out, query, unit, gain, value, mask, mix_mask, alpha, dense, sparse, mass, row_lse, elements)
             return out
         except torch.cuda.OutOfMemoryError:
             if elements <= keys:
@@ -179,7 +210,9 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
             elements //= SHRINK
 
 
-def _fill(out, query, unit, gain, value, mask, alpha, dense, sparse, mass, row_lse, elements: int) -> None:
+def _fill(
+    out, query, unit, gain, value, mask, mix_mask, alpha, dense, sparse, mass, row_lse, elements: int
+) -> None:
     """Writes `out` in chunks of at most `elements` scores."""
     keys, dtype = unit.shape[-2], unit.dtype
     step_h, step_q = chunk_shape(*query.shape[1:3], keys, elements)
@@ -193,7 +226,8 @@ def _fill(out, query, unit, gain, value, mask, alpha, dense, sparse, mass, row_l
             torch.bmm(unit[head], part.mT, out=scores)
             bias = None if mask is None else additive_mask(mask[rows], dtype).mT
             scores, peak = centred(scores, gain[head], bias, dim=-2)
-            weights, softmax_sum = _mix(scores, alpha, -2, dense, sparse, weights)
+            mixed = None if mix_mask is None else mix_mask[rows[0], :, None]
+            weights, softmax_sum = _mix(scores, mixed, alpha, -2, dense, sparse, weights)
             part_mass = None if mass is None else mass[rows]
             if row_lse is not None:
                 part_mass = row_mass(peak, softmax_sum, row_lse[rows].mT).mT

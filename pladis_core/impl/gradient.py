@@ -13,17 +13,34 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import eager
-from .common import additive_mask, bounded_value, centred, compute_dtype, row_mass, scaled_to, unit_keys
+from .common import (
+    additive_mask,
+    bounded_value,
+    centred,
+    compute_dtype,
+    dense_factors,
+    row_mass,
+    scaled_to,
+    unit_keys,
+)
 
 
-def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float) -> torch.Tensor:
+def mix_weights(
+    scores: torch.Tensor, mixed: torch.Tensor | None, alpha: float, dim: int, dense: float, sparse: float
+) -> torch.Tensor:
     """As `mix_weights` of impl/eager.py."""
-    return _Weights.apply(scores.to(compute_dtype(scores.dtype)), alpha, dim, dense, sparse)
+    scores = scores.to(compute_dtype(scores.dtype))
+    if mixed is None:
+        return _Weights.apply(scores, alpha, dim, dense, sparse)
+    softmax = _Weights.apply(scores, 1.0, dim, 1.0, 0.0)
+    sparse_part = _Weights.apply(scores.masked_fill(~mixed, -torch.inf), alpha, dim, 0.0, sparse)
+    mass = (softmax * mixed).sum(dim, keepdim=True)
+    return dense_factors(mixed, dense, sparse, scores.dtype) * softmax + mass * sparse_part
 
 
-def attend(forward, query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+def attend(forward, query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """What `forward`, the `attend` of a backend, returns for the other arguments."""
-    return _Attention.apply(forward, (scale, alpha, dense, sparse), query, key, value, mask, mass, row_lse)
+    return _Attention.apply(forward, (scale, alpha, dense, sparse), mix_mask, query, key, value, mask, mass, row_lse)
 
 
 class _Weights(torch.autograd.Function):
@@ -31,8 +48,8 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, alpha, dim, dense, sparse):
-        softmax = eager.mix_weights(scores, 1.0, dim, 1.0, 0.0)
-        entmax = softmax if alpha == 1.0 else eager.mix_weights(scores, alpha, dim, 0.0, 1.0)
+        softmax = eager.mix_weights(scores, None, 1.0, dim, 1.0, 0.0)
+        entmax = softmax if alpha == 1.0 else eager.mix_weights(scores, None, alpha, dim, 0.0, 1.0)
         ctx.save_for_backward(softmax, entmax)
         ctx.options = alpha, dim, dense, sparse
         return dense * softmax + sparse * entmax
@@ -59,31 +76,32 @@ class _Attention(torch.autograd.Function):
     """A backend's attention of query, key, value, mask, mass and row_lse."""
 
     @staticmethod
-    def forward(ctx, forward, options, query, key, value, mask, mass, row_lse):
-        ctx.save_for_backward(query, key, value, mask, mass, row_lse)
+    def forward(ctx, forward, options, mix_mask, query, key, value, mask, mass, row_lse):
+        ctx.save_for_backward(mix_mask, query, key, value, mask, mass, row_lse)
         ctx.options = options
-        return forward(query, key, value, mask, *options, mass, row_lse)
+        return forward(query, key, value, mask, mix_mask, *options, mass, row_lse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, *others = ctx.saved_tensors
+        mix_mask, query, key, value, *others = ctx.saved_tensors
         dtype = compute_dtype(query.dtype, key.dtype, value.dtype)
         groups = query.shape[1] // max(key.shape[1], 1)
         inputs = (query, *(t.to(dtype).repeat_interleave(groups, dim=1) for t in (key, value)), *others)
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[3:]
         totals = [torch.zeros_like(t) if want else None for t, want in zip(inputs, wanted, strict=True)]
         if grad.numel() and key.shape[-2]:
             elements = eager.chunk_elements(query.device, dtype)
             for rows in eager.chunks(query.shape[:3], key.shape[-2], elements):
-                _add_chunk(totals, inputs, rows, grad[rows], dtype, ctx.options)
+                mixed = None if mix_mask is None else mix_mask[rows[0]]
+                _add_chunk(totals, inputs, rows, grad[rows], dtype, mixed, ctx.options)
         for i, t in ((1, key), (2, value)):
             if wanted[i]:
                 totals[i] = totals[i].reshape(*t.shape[:2], groups, *t.shape[2:]).sum(2).to(t.dtype)
-        return None, None, *totals
+        return None, None, None, *totals
 
 
-def _add_chunk(totals, inputs, rows, grad, dtype, options) -> None:
+def _add_chunk(totals, inputs, rows, grad, dtype, mixed, options) -> None:
     """Adds onto `totals`, None where no gradient is wanted, those of the queries `rows`: batch, heads, positions."""
     # keys and values belong to every query
     places = (rows, rows[:2], rows[:2], rows, rows, rows)
@@ -95,17 +113,17 @@ def _add_chunk(totals, inputs, rows, grad, dtype, options) -> None:
               if t is not None]  # fmt: skip
     # a backward pass inside autocast would multiply matrices in 16 bit
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-        out = _formula(*parts, *options, grad.dtype)
+        out = _formula(*parts, mixed, *options, grad.dtype)
         found = torch.autograd.grad(out, [part for _, part in leaves], grad)
     for (total, _), part in zip(leaves, found, strict=True):
         total += part
 
 
-def _formula(query, key, value, mask, mass, row_lse, scale, alpha, dense, sparse, dtype) -> torch.Tensor:
+def _formula(query, key, value, mask, mass, row_lse, mixed, scale, alpha, dense, sparse, dtype) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value of one chunk, materialised: (heads, rows, Dv)."""
     unit, gain = unit_keys(key, scale)
     scores, peak = centred(query @ unit.mT, gain, mask, dim=-1)
     if row_lse is not None:
         mass = row_mass(peak, scores.exp().sum(-1, keepdim=True), row_lse)
-    weights = _Weights.apply(scores, alpha, -1, dense, sparse)
+    weights = mix_weights(scores, mixed, alpha, -1, dense, sparse)
     return scaled_to(weights @ bounded_value(value, dense, sparse), mass, dtype)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from .common import additive_mask, bounded_value, centred, compute_dtype, row_mass, scaled_to, unit_keys
+from .common import (
+    additive_mask,
+    bounded_value,
+    centred,
+    compute_dtype,
+    dense_factors,
+    row_mass,
+    scaled_to,
+    unit_keys,
+)
 
 try:
     from entmax import entmax15, entmax_bisect, sparsemax
@@ -25,8 +34,18 @@ def entmax(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
     return entmax_bisect(scores, alpha, dim, n_iter=60)
 
 
-def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, sparse: float) -> torch.Tensor:
-    """dense * softmax(scores) + sparse * entmax_alpha(scores) over `dim`, in float32 or wider; 0 where all masked."""
+def mix_weights(
+    scores: torch.Tensor, mixed: torch.Tensor | None, alpha: float, dim: int, dense: float, sparse: float
+) -> torch.Tensor:
+    """dense * softmax(scores) + sparse * entmax_alpha(scores) over `dim`, in float32 or wider; 0 where all masked.
+
+    `mixed`: broadcastable to scores; the keys that are mixed, see `impl/common.py`.
+    """
+    if mixed is not None:
+        softmax = mix_weights(scores, None, 1.0, dim, 1.0, 0.0)
+        sparse_part = mix_weights(scores.masked_fill(~mixed, -torch.inf), None, alpha, dim, 0.0, sparse)
+        mass = (softmax * mixed).sum(dim, keepdim=True)
+        return dense_factors(mixed, dense, sparse, softmax.dtype) * softmax + mass * sparse_part
     scores = scores.to(compute_dtype(scores.dtype))
     if scores.numel() == 0:
         return scores
@@ -38,7 +57,7 @@ def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, spar
     return weights.masked_fill(dead, 0.0)
 
 
-def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
     dtype = compute_dtype(query.dtype, key.dtype, value.dtype)
     groups = query.shape[1] // max(key.shape[1], 1)
@@ -51,6 +70,7 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
         scores, peak = centred(scores, gain, None if mask is None else additive_mask(mask, dtype), dim=-1)
         if row_lse is not None:
             mass = row_mass(peak, scores.exp().sum(-1, keepdim=True), row_lse)
-        weights = mix_weights(scores, alpha, -1, dense, sparse)
+        mixed = None if mix_mask is None else mix_mask[:, None, None]
+        weights = mix_weights(scores, mixed, alpha, -1, dense, sparse)
         out = weights @ bounded_value(value, dense, sparse)
     return scaled_to(out, mass, query.dtype)

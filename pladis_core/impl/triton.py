@@ -414,7 +414,7 @@ def configuration(queries: int, keys: int, width: int, dtype: torch.dtype) -> di
     return {**tiles, "num_warps": warps, "num_stages": 2}
 
 
-def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
     batch, heads, queries, width = query.shape
     keys, value_width = value.shape[-2:]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ class Family:
     `config` is a class of comfy.supported_models, `layout` the size of its network. `latent` is the shape of one image,
     or of one video and its sound. `text` gives the rest of what depends on the prompt's words, `extras` what does not.
     In the first text attention `columns` of the keys are text and `rows` of the queries are the image that is denoised;
-    `reached` tells whether transformer_options["optimized_attention_override"] sees that attention.
+    `reached` tells whether transformer_options["optimized_attention_override"] sees that attention, `diverted` that
+    PLADIS comes another way all the same.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Family:
     columns: str = f"0:{TOKENS}"
     rows: str = "0:32"
     reached: bool = True
+    diverted: bool = False
     width: int = 24
     text: Callable[[Random, int], dict[str, Any]] = lambda random, tokens: {}
     extras: Callable[[Random], dict[str, Any]] = lambda random: {}
@@ -291,6 +294,50 @@ STABLE_AUDIO_3 = {
     "attn_kwargs": {"qk_norm": "rms", "differential": True},
 }
 
+# learned pads and frames; without them, zeros that the host leaves out only shift positions
+MING_LAYER = ZIMAGE
+MING = {**{key: value for key, value in ZIMAGE.items() if key != "pad_tokens_multiple"}, "masked_pad_multiple": 32}
+QWEN21 = {
+    "in_channels": 64, "out_channels": 64, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+    "context_in_dim": 24, "mlp_ratio": 2, "axes_dims_rope": (4, 6, 6),
+}
+KANDINSKY6 = {
+    "in_visual_dim": 16, "out_visual_dim": 16, "visual_embed_dim": 132, "in_audio_dim": 8, "in_text_dim": 24,
+    "in_text_dim2": 16, "time_dim": 16, "model_dim": 32, "ff_dim": 64, "time_dim_a": 16, "model_dim_a": 32,
+    "ff_dim_a": 64, "head_dim_a": 16, "num_text_blocks": 2, "num_visual_blocks": 2, "axes_dims": (4, 6, 6),
+}
+PRISM = {"video_layers": 2, "audio_layers": 1}
+
+
+def direct(random: Random, tokens: int) -> dict[str, Any]:
+    """Ming-Image: what its language model says of the prompt goes past the caption's embedder."""
+    return {"direct_context": random(1, tokens + 2, 256)}
+
+
+def between(*slots: int):
+    """Qwen-Image 2.1: references, with how many tokens of the prompt each stands behind."""
+    return lambda random: {
+        "reference_latents": [random(1, 64, 3, 2 + i) for i in range(len(slots))], "image_slots": list(slots),
+    }
+
+
+def first_frame_and_sound(random: Random) -> dict[str, Any]:
+    return {"prism_reference": random(1, 20, 2, 8, 8), "prism_audio_context": random(1, 5, 4096), "prism_fps": 24.0}
+
+
+@contextlib.contextmanager
+def small_towers():
+    """Prism's sizes are written into its class: widths, heads, feed-forward layers. A head is always 128 wide."""
+    prism = importlib.import_module("comfy.ldm.prism.model")
+    sizes = {5120: 256, 40: 2, 13824: 64, 1536: 128, 12: 1, 8960: 64}
+    small = {
+        "Tower": lambda *given, kind=prism.Tower: kind(*(sizes[size] for size in given[:3]), *given[3:]),
+        "Conditioner": lambda *given, kind=prism.Conditioner: kind(*(sizes[size] for size in given[:2]), *given[2:]),
+    }
+    with mock.patch.multiple(prism, **small):
+        yield
+
+
 JOINT = (
     Family("Flux.1", "Flux", FLUX, (16, 8, 8), rows="7:23", extras=pooled()),
     Family("Flux.1 schnell", "FluxSchnell", {**FLUX, "guidance_embed": False}, (16, 8, 8), rows="7:23",
@@ -312,6 +359,13 @@ JOINT = (
     Family("Qwen-Image", "QwenImage", QWEN, (16, 1, 8, 8), rows="7:23"),
     Family("Qwen-Image masked", "QwenImage", QWEN, (16, 1, 8, 8), rows="7:23", text=masked(2)),
     Family("Qwen-Image-Edit", "QwenImage", QWEN, (16, 1, 8, 8), rows="7:23", extras=reference(16, 1, 8, 4)),
+    Family("Qwen-Image 2.1", "QwenImage21", QWEN21, (64, 4, 4), rows="0:16", diverted=True),
+    Family("Qwen-Image 2.1 edit", "QwenImage21", QWEN21, (64, 4, 4), rows="0:16", extras=reference(64, 3, 2),
+           diverted=True),
+    Family("Qwen-Image 2.1 edit, in front", "QwenImage21", QWEN21, (64, 4, 4), "6:13", "0:16", extras=between(0),
+           diverted=True),
+    Family("Qwen-Image 2.1 edit, between", "QwenImage21", QWEN21, (64, 4, 4), "0:2 8:11 20:22", "0:16",
+           extras=between(2, 5), diverted=True),
     Family("MageFlow", "MageFlow", {**QWEN, "in_channels": 128}, (128, 4, 4), rows="7:23"),
     Family("Lumina 2", "Lumina2", LUMINA, (16, 8, 8), rows="7:23", text=masked(0)),
     Family("NewBie", "Lumina2", {**LUMINA, "clip_text_dim": 16}, (16, 8, 8), rows="7:23", text=masked(0),
@@ -320,6 +374,10 @@ JOINT = (
     Family("Z-Image Omni", "ZImage", {**ZIMAGE, "siglip_feat_dim": 24}, (16, 8, 8), "0:64", "128:192",
            extras=reference(16, 8, 4)),
     Family("Z-Image pixel", "ZImagePixelSpace", ZIMAGE_PIXEL, (3, 32, 32), "0:32", "32:64"),
+    Family("Ming-Image", "MingImage", MING, (16, 1, 8, 8), "0:16", "16:32", text=direct),
+    Family("Ming-Image edit", "MingImage", MING, (16, 1, 8, 8), "0:16", "16:40", text=direct,
+           extras=reference(16, 1, 8, 4)),
+    Family("Ming-Image Layer", "MingImage", MING_LAYER, (16, 2, 8, 8), "0:32", "32:64", text=direct),
     Family("HunyuanVideo", "HunyuanVideo", HUNYUAN, VIDEO, rows="7:39", extras=pooled()),
     Family("HunyuanVideo masked", "HunyuanVideo", HUNYUAN, VIDEO, rows="7:39", text=masked(2), extras=pooled(),
            no_batch="its mask has room for one prompt"),
@@ -397,6 +455,11 @@ CROSS = (
     Family("Kandinsky 5 video", "Kandinsky5", KANDINSKY, VIDEO, extras=pooled()),
     Family("Kandinsky 5 image", "Kandinsky5Image", {**KANDINSKY, "visual_embed_dim": 64}, (16, 8, 8), rows="0:16",
            extras=pooled()),
+    Family("Kandinsky 6", "Kandinsky6", KANDINSKY6, ((16, 2, 8, 8), (6, 8)), extras=pooled()),
+    Family("Kandinsky 6 I2VA", "Kandinsky6", KANDINSKY6, ((16, 2, 8, 8), (6, 8)), rows="0:48",
+           extras=pooled(k6_reference=(1, 16, 1, 8, 8))),
+    Family("Prism", "Prism", PRISM, ((16, 2, 8, 8), (128, 6)), width=4096, extras=first_frame_and_sound,
+           shrink=small_towers, diverted=True),
     # smaller than 64 wide divides by zero
     Family("PixArt Alpha", "PixArtAlpha", {**PIXART, "hidden_size": 48, "micro_condition": True}, (4, 8, 64),
            rows="0:128", reached=False),

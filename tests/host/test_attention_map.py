@@ -12,7 +12,8 @@ import torch
 import families
 import nodes as host_nodes
 import tiny
-from pladis_pack.nodes.attention_map import PLADISAttentionMap
+from pladis_pack.nodes import pictures
+from pladis_pack.nodes.attention_map import FIGURES, PLADISAttentionMap, draw_words
 from pladis_pack.nodes.hosting import Settings, find_target
 from pladis_pack.nodes.hosting.looking.attention_map import token_grid, watch_attention
 from pladis_pack.nodes.hosting.looking.words import Word, find_words
@@ -74,7 +75,11 @@ def test_every_family_has_maps(name):
     # more than the frame is drawn: places differ in at least one map
     assert max(float(m[20:-40].std()) for m in maps) > 0.01
     figures = [line.split() for line in report.splitlines() if re.match(r"[dmub]\d+\.\d+", line)]
-    assert len(figures) == len(find_target(model).layers)
+    # one step: of Prism's two experts the first
+    target = find_target(model)
+    first = {layer for layer in target.layers if target.expert(layer) in (None, 0)}
+    # in two tables
+    assert len(figures) == 2 * len(target.expected(set(target.layers), first))
     assert bars.shape[-1] == 3
 
 
@@ -85,7 +90,7 @@ def test_a_picture_may_shine_through_and_layers_be_chosen():
     over, report, _ = run(model, image=image, layers="custom", blocks="d0,m0")
     assert plain.shape[1:] == (256 + 60, 256, 3)
     assert over.shape[1:] == (300 + 60, 400, 3)
-    assert [line.split()[0] for line in report.splitlines() if re.match(r"[dmub]\d", line)] == ["d0.0", "m0.0"]
+    assert [line.split()[0] for line in report.splitlines() if re.match(r"[dmub]\d", line)] == ["d0.0", "m0.0"] * 2
 
 
 def test_it_leaves_the_model_alone_and_replaces_its_settings():
@@ -98,7 +103,9 @@ def test_it_leaves_the_model_alone_and_replaces_its_settings():
 
 def test_scale_0_is_watched_too():
     _, report, _ = run(tiny.patcher("SD15"), scale=0.0)
-    pruned, support, negative, ratio = (float(figure) for figure in report.splitlines()[-1].split()[1:])
+    pruned, support, negative, ratio = (
+        float(figure) for line in report.splitlines() if line.startswith("mean") for figure in line.split()[1:]
+    )
     assert pruned > 0.1 and support < 77
     assert negative == 0.0
     assert ratio == pytest.approx(1.0, abs=1e-6)
@@ -221,6 +228,55 @@ def test_with_the_demo_models_own_clip():
     assert "blue: tokens #7" in report
     with pytest.raises(ValueError, match="'triangle'"):
         run(model, positive, latent, words="triangle", clip=clip, prompt=text)
+
+
+def test_a_prompt_that_was_not_encoded_is_said(caplog):
+    from pladis_pack.nodes.demo_checkpoint import PLADISDemoCheckpoint
+
+    model, clip, vae = PLADISDemoCheckpoint.execute("standard").result
+    text, other = "a red circle left of a blue square", "a blue circle and a red square"
+    (positive,) = host_nodes.CLIPTextEncode().encode(clip, text)
+    latent = {"samples": torch.randn(1, 4, 16, 16)}
+    said = {}
+    for prompt in (text, other):
+        with caplog.at_level("WARNING"):
+            said[prompt] = run(model, positive, latent, words="red", clip=clip, prompt=prompt)[1].splitlines()[2]
+    assert "not what was encoded" not in said.pop(text)
+    assert "another text" in said.pop(other)
+    assert len([message for message in caplog.messages if "not what was encoded" in message]) == 1
+    with pytest.raises(ValueError, match="'red' is not in the prompt.*it gives 48 tokens, and the conditioning has 24"):
+        run(model, positive, latent, words="red", clip=clip, prompt=" and ".join([text] * 3))
+
+
+def test_text_report_and_bars_name_the_same_figures():
+    _, report, _ = run(tiny.patcher("SD15"))
+    heads, _ = (line for line in report.splitlines() if line.startswith("layer"))
+    assert re.split(r"\s{2,}", heads)[1:] == [head for head, _ in FIGURES.values()]
+
+
+def test_a_word_of_letters_that_no_font_has_is_told_by_its_tokens(monkeypatch):
+    monkeypatch.setattr(pictures, "FONTS", ())
+    pictures._font_for.cache_clear()
+    maps = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    unread, told, read = (draw_words(maps, [Word(label, [3, 4])], None) for label in ("红色", "#3, #4", "red"))
+    pictures._font_for.cache_clear()
+    assert torch.equal(unread, told) and not torch.equal(unread, read)
+    assert pictures.drawable("red") and not pictures.drawable("\U0010ffff")
+
+
+def test_a_long_prompt_is_tokenized_once():
+    calls = []
+
+    def tokenize(text):
+        calls.append(text)
+        return {"l": [[(hash(word) % 1000, 1.0) for word in text.split()]]}
+
+    prompt = " ".join(f"word{i}" for i in range(1000))
+    found = find_words("", prompt, SimpleNamespace(tokenize=tokenize), 1000)
+    assert len(found) == 32 and calls.count(prompt) == 1 and len(calls) < 4 * 32 + 32
+    # a pattern that looks back again and again would take minutes
+    with pytest.raises(ValueError, match="no word of the prompt"):
+        find_words("", "<" * 50_000, SimpleNamespace(tokenize=tokenize), 1000)
 
 
 def test_a_real_tokenizer_with_weights(tmp_path):

@@ -14,7 +14,7 @@ import tiny
 from pladis_pack.nodes.hosting.models.families import TABLE, UNET, UNSUPPORTED, Family, find_family
 
 README = Path(__file__).parents[2] / "README.md"
-HOSTS = ("0.20.0", "0.33.0")
+HOSTS = ("0.20.0", "0.33.0", "0.38.1")
 MARKS = ("<!-- families: written by tests/host/test_compatibility.py -->\n", "<!-- /families -->")
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
+import comfy.model_patcher
 import comfy.sd
 import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_model_merging as merging
+import folder_paths
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import nodes as host_nodes
 from pladis_pack.demo.attention import TextAttention
@@ -15,6 +20,7 @@ from pladis_pack.demo.pipeline import Pipeline
 from pladis_pack.demo.sampling import noise
 from pladis_pack.demo.vocabulary import read_caption
 from pladis_pack.nodes.demo_checkpoint import PLADISDemoCheckpoint
+from pladis_pack.nodes.hosting.demo_model import saved_checkpoints
 from tiny import apply
 
 CAPTION = "a red circle left of a blue square"
@@ -173,6 +179,115 @@ def test_a_merge_in_the_middle_takes_pladis(standard):
     merged = merging.ModelMergeSimple().merge(model, load("few-step")[0], 0.5)[0]
     plain, sparse = (picture(m, clip, vae, steps=4) for m in (merged, apply(merged, scale=2.0)))
     assert plain.isfinite().all() and (plain - sparse).abs().max() > 100 * CLOSE
+
+
+@pytest.fixture
+def checkpoint(standard, tmp_path, monkeypatch):
+    """The name of a checkpoint that Save Checkpoint wrote, in a folder that ComfyUI looks in; a LoRA is baked in."""
+    folders, endings = folder_paths.folder_names_and_paths["checkpoints"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path), *folders], endings))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    model, clip, vae = standard
+    model = model.clone()
+    model.add_patches({"diffusion_model.out.2.bias": (torch.full((4,), 0.2),)})
+    merging.CheckpointSave().save(model, clip, vae, "mine")
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    yield "mine_00001_.safetensors"
+    folder_paths.filename_list_cache.clear()
+
+
+def test_a_saved_checkpoint_loads_again(standard, checkpoint):
+    model, clip, vae = standard
+    (variant,) = (i for i in PLADISDemoCheckpoint.define_schema().inputs if i.id == "variant")
+    assert variant.options == ["standard", "few-step", checkpoint]
+    patched = model.clone()
+    patched.add_patches({"diffusion_model.out.2.bias": (torch.full((4,), 0.2),)})
+    wanted = picture(apply(patched, scale=2.0), clip, vae, steps=4)
+    again = load(checkpoint)
+    assert (picture(apply(again[0], scale=2.0), *again[1:], steps=4) - wanted).abs().max() < CLOSE
+    assert (picture(apply(model, scale=2.0), clip, vae, steps=4) - wanted).abs().max() > 100 * CLOSE
+
+
+def test_a_checkpoint_of_the_diffusion_model_alone_gets_the_shipped_rest(standard, checkpoint, tmp_path):
+    model, clip, vae = standard
+    comfy.sd.save_checkpoint(str(tmp_path / "alone.safetensors"), model)
+    again = load("alone.safetensors")
+    assert torch.equal(picture(*again, steps=2), picture(*standard, steps=2))
+
+
+def test_other_checkpoints_are_not_offered(checkpoint, tmp_path):
+    names = set(folder_paths.get_filename_list("checkpoints"))
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"not a checkpoint")
+    (tmp_path / "old.ckpt").write_bytes(b"neither")
+    folder_paths.filename_list_cache.clear()
+    assert set(folder_paths.get_filename_list("checkpoints")) >= names | {"other.safetensors", "broken.safetensors"}
+    assert saved_checkpoints() == [checkpoint]
+
+
+def test_the_host_makes_the_copies_that_it_makes_of_any_model(standard):
+    """Without dynamic VRAM (clone), on another device (deepclone_multigpu, Select Model Device), of all three."""
+    model, clip, vae = standard
+    wanted = picture(apply(model, scale=2.0), clip, vae, steps=2)
+    for patcher in (model, clip.patcher, vae.patcher):
+        factory, arguments, *_ = patcher.cached_patcher_init
+        fresh = factory(*arguments, disable_dynamic=True)
+        ours, theirs = (p.model_state_dict() for p in (patcher, fresh))
+        assert ours.keys() == theirs.keys() and fresh.model is not patcher.model
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    if not hasattr(model, "deepclone_multigpu"):
+        return
+    for copy in (
+        apply(model, scale=2.0).clone(force_deepcopy=True),
+        apply(model.clone(force_deepcopy=True), scale=2.0),
+        apply(model, scale=2.0).deepclone_multigpu(torch.device("cpu")),
+    ):
+        assert copy.model is not model.model
+        assert (picture(copy, clip, vae, steps=2) - wanted).abs().max() < CLOSE
+
+
+class Dynamic(comfy.model_patcher.ModelPatcher):
+    """As the host's own with dynamic VRAM, which on a CPU is none, says of itself."""
+
+    def is_dynamic(self):
+        return True
+
+
+def test_a_copy_without_dynamic_vram(standard, monkeypatch):
+    """TorchCompileModel and others ask for it (comfy/model_patcher.py, clone)."""
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic)
+    model, _, _ = load()
+    assert model.is_dynamic()
+    wanted = picture(apply(standard[0], scale=2.0), *standard[1:], steps=2)
+    before, after = apply(model, scale=2.0).clone(disable_dynamic=True), model.clone(disable_dynamic=True)
+    for copy in (before, apply(after, scale=2.0)):
+        assert not copy.is_dynamic() and copy.model is not model.model
+        # weights that lie elsewhere in memory may round otherwise
+        assert (picture(copy, *standard[1:], steps=2) - wanted).abs().max() < CLOSE
+
+
+def test_a_lora_is_trained_on_it(standard):
+    """By ComfyUI's TrainLoraNode behind the node; then it draws something else."""
+    train = pytest.importorskip("comfy_extras.nodes_train")
+    model, clip, vae = standard
+    (positive,) = host_nodes.CLIPTextEncode().encode(clip, CAPTION)
+    options = {
+        "batch_size": 1, "steps": 2, "grad_accumulation_steps": 1, "learning_rate": 1e-2, "rank": 2,
+        "optimizer": "AdamW", "loss_function": "MSE", "seed": 7, "training_dtype": "fp32", "lora_dtype": "fp32",
+        "quantized_backward": False, "algorithm": "LoRA", "gradient_checkpointing": True, "checkpoint_depth": 1,
+        "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
+    }  # fmt: skip
+    if "bypass_mode" not in inspect.signature(train.TrainLoraNode.execute).parameters:
+        pytest.skip("this ComfyUI trains with other inputs")
+    latents = {"samples": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))}
+    weights, _, _ = train.TrainLoraNode.execute(
+        model=[apply(model, scale=2.0)], latents=[latents], positive=[positive],
+        **{name: [value] for name, value in options.items()},
+    ).result  # fmt: skip
+    patched, _ = comfy.sd.load_lora_for_models(model, clip, weights, 1.0, 0.0)
+    assert patched.patches
+    assert (picture(patched, clip, vae, steps=2) - picture(*standard, steps=2)).abs().max() > 100 * CLOSE
 
 
 def test_an_unknown_word_is_named_with_those_that_are_known(standard):

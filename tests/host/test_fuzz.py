@@ -17,9 +17,8 @@ from PIL import Image
 
 import tiny
 from comfy_server import Server
-from pladis_pack.nodes.hosting import choose_layers, find_target
+from pladis_pack.nodes.hosting import choose_layers, find_target, numbers
 from pladis_pack.nodes.hosting.looking.words import find_words
-from pladis_pack.nodes.sweep import numbers
 
 PIECES = (
     "d", "m", "u", "b", "0", "1", "2", "9", "99999999999999999999", "-", ".", ",", " ", "\n", "x", "D", "", "d0",

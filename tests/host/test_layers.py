@@ -72,6 +72,8 @@ SDXL_BLOCKS = {
     "u0.4": [("output", 0, 4)],
     "U3-5.1 , ": [("output", 3, 1), ("output", 4, 1), ("output", 5, 1)],
     "d0-d1.0": [("input", 4, 0), ("input", 5, 0)],
+    "d0.1 m0.9": [("input", 4, 1), ("middle", 0, 9)],
+    "d0.1，m0.9；": [("input", 4, 1), ("middle", 0, 9)],
     "d0.1,d0.1,m0.9": [("input", 4, 1), ("middle", 0, 9)],
 }
 
@@ -92,7 +94,8 @@ def test_block_lists_mean_what_sd_perturbed_attention_means(sdxl, blocks):
     (
         ("", "empty"), (" , ", "empty"), ("x1", "'x1'"), ("d", "'d'"), ("d1.", "'d1.'"), ("d-1", "'d-1'"),
         ("input4", "'input4'"), ("d4", "no block d4"), ("m1", "no block m1"), ("u0-9", "no block u9"),
-        ("u3.2", "no layer 2 in block u3"), ("d2.3-1", "backwards"), ("d0;d1", "'d0;d1'"), ("d0 d1", "'d0 d1'"),
+        ("u3.2", "no layer 2 in block u3"), ("d2.3-1", "backwards"), ("d0:d1", "'d0:d1'"),
+        ("d" + "9" * 5000, "'d" + "9" * 39 + "...'"),
     ),
 )  # fmt: skip
 def test_a_bad_block_list_names_the_entry_and_lists_the_blocks(sdxl, blocks, named):

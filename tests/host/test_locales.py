@@ -1,8 +1,10 @@
-"""The translations: complete, in the shape of the schemas, and served by a real ComfyUI."""
+"""The translations: of the languages that ComfyUI offers, complete, in the shape of the schemas, and served by a real
+ComfyUI. tests/web/test_words.py has those of the panels."""
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import re
@@ -15,9 +17,19 @@ from comfy_server import PACK, PACK_FOLDER, Server
 from pladis_pack.nodes import comfy_entrypoint
 
 FOLDER = PACK / "locales"
-LANGUAGES = ("zh", "ja", "ko", "fr", "es", "de", "ru")
+LANGUAGES = ("zh", "zh-TW", "ja", "ko", "fr", "es", "pt-BR", "it", "ru", "tr", "ar", "fa", "he")
+# that the front end of the oldest host that is supported does not offer
+NEWER = {"he", "it"}
 # a letter of each script that is not Latin
-SCRIPTS = {"zh": "[\u4e00-\u9fff]", "ja": "[\u3040-\u30ff]", "ko": "[\uac00-\ud7af]", "ru": "[\u0400-\u04ff]"}
+SCRIPTS = {
+    "zh": "[\u4e00-\u9fff]", "zh-TW": "[\u4e00-\u9fff]", "ja": "[\u3040-\u30ff]", "ko": "[\uac00-\ud7af]",
+    "ru": "[\u0400-\u04ff]", "ar": "[\u0600-\u06ff]", "fa": "[\u0600-\u06ff]", "he": "[\u0590-\u05ff]",
+}  # fmt: skip
+# the setting's options, {value:`ar`,text:`عربي`} or ar:{text:`عربي`,loaders:
+CODE = "([a-z]{2}(?:-[A-Z]{2})?)"
+OFFERED = re.compile(rf'\{{value:`{CODE}`,text:`[^`]+`\}}|[{{,]"?{CODE}"?:\{{text:`[^`]+`,loaders:')
+# for the direction of writing, and of markup
+MARKS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069<>]")
 # an option that a text explains, and a list that it gives as an example, are what a person must choose or type
 OPTIONS = re.compile(
     r"\b(all|down \+ up|custom|both|positive|negative|constant|linear|cosine|standard|few-step)(?=:|, cosine:)"
@@ -83,6 +95,17 @@ def test_the_folders_are_the_languages():
     assert sorted(path.name for path in FOLDER.iterdir()) == sorted(LANGUAGES)
 
 
+def test_the_languages_are_those_that_the_front_end_offers():
+    front_end = importlib.util.find_spec("comfyui_frontend_package")
+    if front_end is None:
+        pytest.skip("this ComfyUI has its front end elsewhere")
+    scripts = (Path(front_end.origin).parent / "static" / "assets").glob("*.js")
+    found = (OFFERED.findall(path.read_text(encoding="utf-8")) for path in scripts)
+    (offered,) = [{old or new for old, new in codes} for codes in found if codes]
+    assert offered - {"en"} <= set(LANGUAGES)
+    assert set(LANGUAGES) - offered <= NEWER
+
+
 def test_a_language_has_the_texts_of_the_schemas_and_no_others(translated):
     assert translated.keys() == ENGLISH.keys()
 
@@ -115,6 +138,10 @@ def test_no_text_has_a_sign_that_the_front_end_interprets(translated):
     assert not [path for path, text in translated.items() if re.search(r"[{}@|]", text)]
 
 
+def test_every_text_is_plain(translated):
+    assert not [path for path, text in translated.items() if MARKS.search(text)]
+
+
 def test_inputs_of_a_node_have_different_names(translated):
     for node in SCHEMAS:
         names = [text for path, text in translated.items() if path[:2] == (node, "inputs") and path[-1] == "name"]
@@ -127,4 +154,6 @@ def test_the_server_serves_them(tmp_path):
         assert PACK_FOLDER in server.log()
     assert set(served) == set(LANGUAGES)
     for language, found in served.items():
-        assert found == {"nodeDefs": json.loads((FOLDER / language / "nodeDefs.json").read_text(encoding="utf-8"))}
+        files = (FOLDER / language / name for name in ("nodeDefs.json", "main.json"))
+        nodes, panels = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        assert found == {**panels, "nodeDefs": nodes}

@@ -512,6 +512,20 @@ def said(monkeypatch):
     return words
 
 
+def test_the_words_go_to_the_browser_that_queued_the_run_alone(monkeypatch):
+    sent = []
+    server = SimpleNamespace(client_id="browser", send_sync=lambda *message: sent.append(message))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
+    receipt.show_on_node("12:5", "words")
+    assert sent == [("pladis.receipt", {"node": "12:5", "text": "words"}, "browser")]
+    # of a run over the API, or without a server, as here
+    server.client_id = None
+    receipt.show_on_node("12:5", "words")
+    monkeypatch.setitem(sys.modules, "server", None)
+    receipt.show_on_node("12:5", "words")
+    assert len(sent) == 1
+
+
 def with_id(model, **options):
     """MODEL through an Apply node that a graph runs as node 7."""
     from pladis_pack.nodes.apply import PLADISApply

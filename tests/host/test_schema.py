@@ -13,7 +13,8 @@ NODES = {
     "PLADISApply": COMMON,
     "PLADISApplyAdvanced": [
         *COMMON, ("layers", "all"), ("blocks", ""), ("apply_to", "both"), ("force_unknown", False),
-        ("scale_schedule", "constant"), ("end_scale", 0.0), ("norm_cap", 0.0),
+        ("scale_schedule", "constant"), ("end_scale", 0.0), ("norm_cap", 0.0), ("tokens", "all"),
+        ("clip", None), ("prompt", ""),
     ],
     "PLADISAttentionMap": [
         ("model", None), ("positive", None), ("latent", None), ("words", ""), ("percent", 0.3), ("scale", 2.0),
@@ -39,6 +40,17 @@ OUTPUTS = {
     "PLADISSweepGrid": ["LATENT", "IMAGE"],
 }
 
+# what people type to find each; the order of what is found is tests/web/test_words.py's
+FOUND_BY = {
+    "PLADISApply": {"prompt adherence", "follow prompt", "sparse attention", "entmax"},
+    "PLADISApplyAdvanced": {"layers", "block list", "schedule"},
+    "PLADISAttentionMap": {"attention map", "heatmap", "daam"},
+    "PLADISDemoCheckpoint": {"demo", "example", "test model"},
+    "PLADISSweep": {"xy plot", "grid", "compare"},
+    "PLADISSweepCell": set(),
+    "PLADISSweepGrid": set(),
+}
+
 
 @pytest.fixture(scope="module")
 def schemas():
@@ -58,6 +70,8 @@ def test_everything_explains_itself(schemas):
     for name, schema in schemas.items():
         assert schema.category == "model/patch"
         assert schema.description
-        assert "entmax" in schema.search_aliases
+        assert {"pladis", *FOUND_BY[name]} <= set(schema.search_aliases)
+        # an alias that two share would find both
+        assert not FOUND_BY[name] & {a for other in schemas if other != name for a in schemas[other].search_aliases}
         assert all(item.tooltip for item in (*schema.inputs, *schema.outputs))
         assert [output.io_type for output in schema.outputs] == OUTPUTS[name]

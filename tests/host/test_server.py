@@ -254,6 +254,25 @@ def test_a_sweep_is_what_single_nodes_make(server, baseline, scale_2):
     assert (abs(grid[24:88, 20:84] - baseline) <= 1).all()
 
 
+def test_a_sweep_behind_an_apply_node_has_a_plain_baseline(server, baseline, scale_2):
+    behind = sweep("0, 2")
+    behind["apply"] = {"class_type": "PLADISApply", "inputs": {"model": ["demo", 0], **BASIC, "scale": 3.0}}
+    behind["sweep"]["inputs"]["model"] = ["apply", 0]
+    cells = pictures(server, server.run(behind), "save")
+    assert (cells[0] == baseline).all() and (cells[1] == scale_2).all()
+
+
+def test_a_list_of_latents_into_a_sweep(server):
+    """As a batch of as many: every cell has them all."""
+    listed = sweep("0, 2", seed=8, batch=2)
+    listed["list"] = {"class_type": "RebatchLatents", "inputs": {"latents": ["latent", 0], "batch_size": 1}}
+    listed["sweep"]["inputs"]["latent_image"] = ["list", 0]
+    entry = server.run(listed)
+    cells = pictures(server, entry, "save")
+    assert len(cells) == 4 and len(pictures(server, entry, "grid")) == 2
+    assert (cells[0] != cells[2]).any()
+
+
 def test_only_new_cells_are_sampled(server):
     _, first = sampled_cells(server, sweep("0, 1", seed=5))
     entry, second = sampled_cells(server, sweep("0, 1, 3", seed=5))
@@ -294,7 +313,8 @@ def test_interrupting_keeps_the_cells_that_are_done(server):
 
 @pytest.mark.parametrize(
     ("scales", "alphas", "message"),
-    [("0, x", "1.5", "'x' is not a number"), ("", "1.5", "'' is not a number"), ("1", "2.5", "2.5 lies outside 1 to 2"),
+    [("0, x", "1.5", "'x' is not a number"), ("", "1.5", "scales: the list is empty"),
+     ("1", "2.5", "2.5 lies outside 1 to 2"),
      (",".join(map(str, range(10))), "1.1,1.2,1.3,1.4,1.5,1.6,1.7", "70 cells")],
     ids=["word", "empty", "range", "too many"],
 )

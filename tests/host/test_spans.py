@@ -20,7 +20,7 @@ from pladis_pack.nodes.hosting.models.spans import Inserted, Places, Row, Span, 
 # the fixtures' columns are those that change with the prompt; pads are text too, and left to the host's mask
 COLUMNS = {"Flux.2": "0:512", "Flux.2 edit": "0:512", "Ideogram 4 masked": "0:7"}
 # references mix with the noise before the first joint attention, and are not image
-ROWS = {"Z-Image Omni": "160:192"}
+ROWS = {"Z-Image Omni": "160:192", "Ming-Image edit": "16:32"}
 NOTHING = Inserted()
 Found = list[tuple[AttentionCall, Places]]
 
@@ -61,7 +61,8 @@ def find_places(model, evaluation: Trace, inserted: Inserted = NOTHING) -> Found
 
 
 def columns(places: Places) -> list[int]:
-    return list(range(places.text.start, places.text.stop))
+    text = places.text
+    return list(range(text.start, text.stop)) if isinstance(text, slice) else text.tolist()
 
 
 def rows(places: Places, queries: int) -> list[int]:
@@ -122,7 +123,7 @@ def check(
         assert text and set(text) <= set(columns(places))
         assert len(columns(places)) - len(text) == PADS.get(family.name, 0)
         ours = rows(places, call.q_length)
-        assert ours == image[-len(ours) :] if early else ours == image
+        assert ours in (image[: len(ours)], image[-len(ours) :]) if early else ours == image
     return found
 
 
@@ -148,7 +149,7 @@ def test_other_sizes_and_lengths(family, model, size):
         # of pixels more than of latents
         height, width = (side // 2 * 2 * (family.latent[-1] // 8) for side in size)
     family = replace(family, latent=(*family.latent[:-2], height, width))
-    check(model, family, early=family.name == "Z-Image Omni")
+    check(model, family, early=family.name in ROWS)
 
 
 def references(*shapes: tuple[int, ...], method: str | None = None):
@@ -198,6 +199,18 @@ CASES = {
     "Z-Image": ("Z-Image", {"extras": references((16, 8, 4), (16, 12, 14))}),
     "Z-Image Omni": ("Z-Image Omni", {
         "extras": omni, "latent": (16, 13, 11), "no_batch": "a caption without a reference is not repeated"}),
+    # the host's direct context is longer than the prompt; the pads of Layer are behind the references
+    "Ming-Image": ("Ming-Image edit", {
+        "latent": (16, 1, 7, 9), "text": lambda random, tokens: {"direct_context": random(1, 20, 256)},
+        "extras": references((16, 2, 5, 7), (16, 1, 6, 10))}),
+    "Ming-Image without direct context": ("Ming-Image edit", {"text": lambda random, tokens: {}}),
+    "Ming-Image Layer": ("Ming-Image Layer", {"latent": (16, 3, 7, 9), "extras": references((16, 2, 5, 7))}),
+    # two in one place, at either end, and more references than slots
+    **{f"Qwen-Image 2.1, {slots}": ("Qwen-Image 2.1 edit", {
+        "latent": (64, 3, 5), "extras": lambda random, slots=slots: {
+            "reference_latents": [random(1, 64, 2, 3), random(1, 64, 5, 1), random(1, 64, 1, 1)],
+            "image_slots": slots}})
+       for slots in ([3, 3, 9], [0, 4, 11], [2], [])},
     "HunyuanCustom": ("HunyuanCustom", {"extras": pooled(ref_latent=(1, 16, 1, 6, 10)), "latent": (16, 3, 6, 4)}),
     "HunyuanVideo 1.5": ("HunyuanVideo 1.5", {
         "latent": (32, 3, 5, 3), "text": lambda random, tokens: {"conditioning_byt5small": random(1, 6, 1472)},
@@ -241,7 +254,7 @@ def case(request):
 def test_references_and_what_else_is_in_a_row(case, batch):
     model, family = case
     if batch == 1 or not family.no_batch:
-        check(model, family, early=family.config in ("ZImage", "Lumina2"), batch=batch)
+        check(model, family, early=family.config in ("ZImage", "Lumina2", "MingImage"), batch=batch)
 
 
 def minimax_conditions(random):
@@ -345,11 +358,11 @@ def test_place():
     assert place(last, Inserted(), 31, 31) == (slice(24, 31), slice(0, 16))
 
 
-def test_adjacent_text_is_one_text():
+def test_adjacent_text_is_one_text_and_other_text_is_two():
     parts = row(("vision", 2), ("text", 3), ("text", 4), ("image", 16), ("image", 5))
     assert place(parts, Inserted(), 30, 30) == (slice(2, 9), slice(9, 30))
-    with pytest.raises(ValueError, match="the text is in 2 parts, at columns 0 to 3, 19 to 23"):
-        place(row(("text", 3), ("image", 16), ("text", 4)), Inserted(), 23, 23)
+    text, image = place(row(("text", 3), ("image", 16), ("text", 4)), Inserted(), 23, 23)
+    assert (text.tolist(), image) == ([0, 1, 2, 19, 20, 21, 22], slice(3, 19))
 
 
 def test_image_rows_apart():

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
 
-from pladis_pack.nodes.sweep import PLADISSweepCell, PLADISSweepGrid, numbers
+from pladis_pack.nodes.hosting import numbers
+from pladis_pack.nodes.sweep import PLADISSweepCell, PLADISSweepGrid
 
 
 def collect(latents: list, images: list) -> tuple:
     cells = {}
     for number, (latent, image) in enumerate(zip(latents, images, strict=True)):
-        (before,) = PLADISSweepCell.execute({"samples": latent}, image, f"cell {number}", **cells).result
-        cells = {"before": before}
-    return cells["before"]
+        (before,) = PLADISSweepCell.execute([{"samples": latent}], [image], [f"cell {number}"], **cells).result
+        cells = {"before": [before]}
+    return before
 
 
 def test_latents_of_a_video_with_sound_stay_two_tensors():
@@ -36,6 +39,30 @@ def test_cells_stay_in_order_and_the_grid_holds_them():
     assert [round(float(c) * 4) for c in centres] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("text", ("0, 1.5,2", " 0;1.5 2\r\n", "0,1.5,2,,", "0 0 1.5 2"))
+def test_a_list_is_a_batch_of_the_cell():
+    latents = [{"samples": torch.full((1, 4, 2, 2), float(i))} for i in range(2)]
+    pictures = [torch.rand(1, 16, 16, 3), torch.rand(1, 16, 16, 3)]
+    ((latent, image, label),) = PLADISSweepCell.execute(latents, pictures, ["scale 2"]).result[0]
+    assert latent["samples"][:, 0, 0, 0].tolist() == [0.0, 1.0] and image.shape[0] == 2 and label == "scale 2"
+    with pytest.raises(ValueError, match="several sizes: 16 x 16, 32 x 24"):
+        PLADISSweepCell.execute(latents, [pictures[0], torch.rand(1, 24, 32, 3)], ["scale 2"])
+
+
+@pytest.mark.parametrize("text", ("0, 1.5,2", " 0;1.5 2\r\n", "0,1.5,2,,", "0 0 1.5 2", "0，1.5、2", "0；1.5\n2"))
 def test_lists_are_read_as_people_write_them(text):
     assert numbers("scales", text, 0.0, 10.0) == [0.0, 1.5, 2.0]
+
+
+@pytest.mark.parametrize(("text", "message"), (
+    ("0, 0,5, 1", "0,5 could be one number or two. Write 0.5"), ("0;1,5", "Write 1.5"), ("0,5 1,5", "Write 0.5"),
+    ("", "scales: the list is empty"), (" ,； ", "scales: the list is empty"), ("1" * 5000, "inf lies outside 0 to 10"),
+    ("x" * 5000, f"'{'x' * 40}...' is not a number"), ("nan", "nan lies outside"),
+))  # fmt: skip
+def test_what_is_no_list_of_numbers_is_said(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        numbers("scales", text, 0.0, 10.0)
+
+
+def test_numbers_without_a_space_behind_their_commas_are_a_list():
+    assert numbers("scales", "0,1,2", 0.0, 10.0) == [0.0, 1.0, 2.0]
+    assert numbers("scales", "0,2", 0.0, 10.0) == [0.0, 2.0]

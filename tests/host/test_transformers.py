@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 import threading
 
 import comfy.ldm.pixart.blocks
 import comfy.model_management
 import pytest
 import torch
-from comfy.ldm.hunyuan3d.model import Hunyuan3Dv2
 from comfy.patcher_extension import WrappersMP
 
 import families
 from pladis_pack.nodes.hosting import find_target, running
+from pladis_pack.nodes.hosting.models.families import TABLE, UNSUPPORTED
 from tiny import apply
 
 # one of every way to the text: joint, cross, and past the override
@@ -231,11 +234,40 @@ def test_an_unknown_network_is_named_and_can_be_tried():
     assert torch.equal(families.sample(apply(model, force_unknown=True), family), expected)
 
 
-def test_families_without_text_say_so():
-    model = families.patcher(FLUX)
-    model.add_object_patch("diffusion_model", Hunyuan3Dv2.__new__(Hunyuan3Dv2))
-    with pytest.raises(ValueError, match="no text attention.*attends to an image.*Remove"):
+WITHOUT = {name: row.reason for row in TABLE if row.kind == UNSUPPORTED for name in row.classes if ".ldm." in name}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_families_without_text_attention_say_so(name, flux):
+    path, _, kind = name.rpartition(".")
+    try:
+        network = getattr(importlib.import_module(path), kind)
+    except ImportError as error:
+        pytest.skip(f"this ComfyUI has no such family: {error}")
+    model = flux.clone()
+    model.add_object_patch("diffusion_model", network.__new__(network))
+    with pytest.raises(ValueError, match=f"no text attention.*{re.escape(WITHOUT[name])}.*Remove"):
         apply(model)
+
+
+def test_minimax_h3_with_sparse_attention_names_the_node(monkeypatch):
+    """ComfyUI 0.38's Model Sparse Attention hands H3's blocks an attention of its own, past everything."""
+    node = pytest.importorskip("comfy_extras.nodes_sparse_attention")
+    monkeypatch.setattr(node, "h3_eligible", lambda *args: True)
+    monkeypatch.setattr(
+        node, "h3_sparse_attention",
+        lambda attn, h, rope_freqs, options, *_: attn(h, rope_freqs=rope_freqs, transformer_options={}),
+    )  # fmt: skip
+    family = families.BY_NAME["MiniMax H3"]
+    model = families.patcher(family)
+    options = inspect.signature(node.apply_block_sparse_attention).parameters
+    given = {"tau": 1.0, "topk_ratio": 0.5, "vsa": False, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0,
+             "dense_blocks": "", "sink_conditioning": False, "extra_tokens": 0, "verbose": False}  # fmt: skip
+    given = {name: value for name, value in given.items() if name in options}
+    for patched in (node.apply_block_sparse_attention(apply(model), **given),
+                    apply(node.apply_block_sparse_attention(model, **given))):  # fmt: skip
+        with pytest.raises(RuntimeError, match="Likely comfy_extras.nodes_sparse_attention.*remove that node"):
+            families.sample(patched, family)
 
 
 def test_a_graph_in_which_no_text_attention_runs_ends_in_its_first_step(flux):
@@ -255,3 +287,19 @@ def counted(model, calls: list):
         WrappersMP.APPLY_MODEL, "count", lambda executor, *args, **kwargs: calls.append(1) or executor(*args, **kwargs)
     )
     return model
+
+
+def test_of_two_experts_a_step_runs_one(caplog):
+    """Prism: below a noise level its second video network runs, above it the first."""
+    family = families.BY_NAME["Prism"]
+    model = apply(families.patcher(family))
+    said = {}
+    for steps in (1, 4):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            families.sample(model, family, steps=steps)
+        (said[steps],) = (record for record in caplog.records if "text layers" in record.message)
+    assert said[1].message.startswith("PLADIS: 3 of 5 text layers in 1 of 1 steps")
+    assert "2 of an expert that did not run" in said[1].message
+    assert said[4].message.startswith("PLADIS: 5 of 5 text layers in 4 of 4 steps")
+    assert all("cache" not in record.message and record.levelname == "INFO" for record in said.values())

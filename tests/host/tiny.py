@@ -17,6 +17,7 @@ from comfy.ldm.modules.attention import BasicTransformerBlock
 from pladis_pack.nodes.apply import PLADISApply
 from pladis_pack.nodes.apply_advanced import PLADISApplyAdvanced
 from pladis_pack.nodes.hosting.batch import Batch
+from pladis_pack.nodes.hosting.models.layers import BY_SHAPE
 from pladis_pack.nodes.hosting.models.target import Target
 from pladis_pack.nodes.hosting.running import ModelCall
 
@@ -151,7 +152,7 @@ def apply(model, **options):
 
 def call_of_two_rows(*prompts) -> ModelCall:
     """A model call for hooks that are called by hand: two rows, 77 tokens."""
-    return ModelCall(Target(None, lambda: None), {}, Batch(2, 77, prompts), {}, {})
+    return ModelCall(Target(None, lambda: None, {BY_SHAPE: lambda: None}), {}, Batch(2, 77, prompts), {}, {})
 
 
 def oracle_attention(module):

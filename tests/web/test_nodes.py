@@ -89,7 +89,7 @@ def panel(page: Page, node: int, name: str) -> Locator:
     page.evaluate(
         """([id, name, mark]) => {
             document.getElementById(mark)?.removeAttribute("id");
-            app.graph.getNodeById(id).widgets.find((widget) => widget.name === name).element.id = mark;
+            app.canvas.graph.getNodeById(id).widgets.find((widget) => widget.name === name).element.id = mark;
         }""",
         [node, name, mark],
     )
@@ -208,7 +208,7 @@ def node_box(page: Page, node: int) -> dict:
         return page.locator(f"[data-node-id='{node}']").bounding_box()
     return page.evaluate(
         """(id) => {
-            const { pos: [x, y], size: [width, height] } = app.graph.getNodeById(id);
+            const { pos: [x, y], size: [width, height] } = app.canvas.graph.getNodeById(id);
             const { top, left } = app.canvas.canvas.getBoundingClientRect();
             return { x: left + x, y: top + y, width, height };
         }""",
@@ -229,6 +229,8 @@ def test_the_panels_lie_inside_their_nodes_one_below_the_other(page):
         assert boxes[-1]["height"] >= 100
     if "PLADIS_SCREENSHOTS" in os.environ and os.environ["PLADIS_HOST"] == "newest":
         set_value(page, ADVANCED, layers="custom", blocks="d1,u0-2", scale=3)
+        tell(page, BASIC, "3 of 3 chosen text layers in 20 of 20 steps, lambda 2, alpha 1.5")
+        tell(page, ADVANCED, "4 of 4 chosen text layers in 20 of 20 steps, lambda 3, alpha 1.5")
         page.wait_for_timeout(500)
         boxes = [node_box(page, node) for node in (BASIC, ADVANCED)]
         right, bottom = (max(box[at] + box[size] for box in boxes) for at, size in (("x", "width"), ("y", "height")))
@@ -434,41 +436,68 @@ def test_a_queued_workflow_shows_its_picture_and_the_models_own_blocks(page):
     assert picker(page, ADVANCED).locator("button.block").all_text_contents() == BLOCKS
 
 
+def receipt(page: Page, node: int) -> Locator:
+    return plot(page, node).locator(".receipt")
+
+
+def assert_it_has_its_own_room(page: Page, node: int) -> None:
+    """The receipt lies beneath the plot and its legend, inside the panel, which lies inside the node."""
+    expect(receipt(page, node)).to_be_visible()
+    # for a node to grow, as in the other tests
+    page.wait_for_timeout(300)
+    parts = [plot(page, node).locator(part).bounding_box() for part in ("svg", ".legend", ".receipt")]
+    outer = plot(page, node).bounding_box()
+    assert all(inside(part, outer) for part in parts) and inside(outer, node_box(page, node)), (parts, outer)
+    assert all(upper["y"] + upper["height"] <= lower["y"] + 1 for upper, lower in pairwise(parts)), parts
+    assert parts[0]["height"] >= 23 and parts[2]["height"] > 10, parts
+
+
+def tell(page: Page, node: int | str, text: str) -> None:
+    """As the server does after a run."""
+    page.evaluate(
+        "(detail) => app.api.dispatchEvent(new CustomEvent('pladis.receipt', { detail }))",
+        {"node": str(node), "text": text},
+    )
+    settle(page)
+
+
+def steps_to_undo(page: Page) -> int:
+    return page.evaluate("""() => {
+        const { changeTracker } = app.extensionManager.workflow.activeWorkflow;
+        changeTracker.checkState();
+        return changeTracker.undoQueue.length;
+    }""")
+
+
 def test_the_nodes_say_what_the_last_run_did(page, server):
     page.evaluate(BUILD, RECEIPTS)
     set_value(page, ADVANCED, scale=3)
     page.evaluate("""() => {
         window.told = [];
-        app.api.addEventListener("progress_text", ({ detail }) => told.push(detail.text));
+        app.api.addEventListener("pladis.receipt", ({ detail }) => told.push(detail));
     }""")
     # a run that no browser queued: its nodes are not those of this page
     stranger = page.evaluate("async () => (await app.graphToPrompt()).output")
     for node in (BASIC, ADVANCED):
         stranger[str(node)]["inputs"]["scale"] = 5
     assert server.run(stranger)["status"]["status_str"] == "success"
+    expect(receipt(page, BASIC)).to_be_hidden()
 
-    def words(node: int, text: str) -> Locator:
-        """On the node, under its panels."""
-        found = page.get_by_text(text, exact=True)
-        expect(found).to_be_visible()
-        # for a node to grow, as in the other tests
-        page.wait_for_timeout(300)
-        box, above = found.bounding_box(), plot(page, node).bounding_box()
-        assert inside(box, node_box(page, node)) and inside(above, node_box(page, node)), (box, node_box(page, node))
-        assert above["y"] + above["height"] <= box["y"] + 1
-        return found
+    def words(node: int, text: str) -> None:
+        expect(receipt(page, node)).to_have_text(text)
+        assert_it_has_its_own_room(page, node)
 
     before = saved(page)
     queue(page)
-    first = [
-        words(BASIC, "7 of 7 text layers in 2 of 2 steps, lambda 2, alpha 1.5"),
-        words(ADVANCED, "7 of 7 text layers in 3 of 3 steps, lambda 3, alpha 1.5"),
-    ]
-    assert len(page.evaluate("told")) == 2
+    words(BASIC, "7 of 7 text layers in 2 of 2 steps, lambda 2, alpha 1.5")
+    words(ADVANCED, "7 of 7 text layers in 3 of 3 steps, lambda 3, alpha 1.5")
+    assert sorted(detail["node"] for detail in page.evaluate("told")) == [str(BASIC), str(ADVANCED)]
     after, prompt = saved(page), page.evaluate("async () => (await app.graphToPrompt()).output")
-    values = [{n["id"]: n["widgets_values"] for n in w["nodes"] if n["id"] in VALUES} for w in (before, after)]
-    assert values[0] == values[1] == {BASIC: VALUES[BASIC], ADVANCED: [3, *VALUES[ADVANCED][1:]]}
-    assert not any("text-preview" in json.dumps(kept) or "7 of 7" in json.dumps(kept) for kept in (after, prompt))
+    nodes = [{n["id"]: n for n in workflow["nodes"] if n["id"] in VALUES} for workflow in (before, after)]
+    # their sizes with them
+    assert nodes[0] == nodes[1]
+    assert nodes[1][ADVANCED]["widgets_values"] == [3, *VALUES[ADVANCED][1:]]
+    assert not any("7 of 7" in json.dumps(kept) for kept in (after, prompt))
     # the panels go on
     set_value(page, BASIC, scale=3.5)
     assert_plotted(page, BASIC, 3.5, 1.5)
@@ -478,5 +507,102 @@ def test_the_nodes_say_what_the_last_run_did(page, server):
     queue(page)
     words(BASIC, "7 of 7 text layers in 2 of 2 steps, lambda 3.5, alpha 1.5")
     words(ADVANCED, "1 of 1 chosen text layers in 3 of 3 steps, lambda 3, alpha 1.5")
-    for old in first:
-        expect(old).to_have_count(0)
+
+
+def test_what_the_last_run_did_is_no_change_of_the_workflow(page):
+    # ComfyUI's own first steps with a workflow
+    page.wait_for_timeout(500)
+    steps, before = steps_to_undo(page), saved(page)
+    tell(page, BASIC, "7 of 7 text layers in 2 of 2 steps, lambda 2, alpha 1.5")
+    assert_it_has_its_own_room(page, BASIC)
+    # also where it takes more room than there is
+    long = f"1 of 70 text layers in 20 of 20 steps. Not reached: {', '.join(['d2.0'] * 100)}"
+    tell(page, ADVANCED, long)
+    assert_it_has_its_own_room(page, ADVANCED)
+    expect(receipt(page, ADVANCED)).to_have_attribute("title", long)
+    assert saved(page) == before
+    assert steps_to_undo(page) == steps
+
+
+def test_what_the_last_run_did_stays_on_its_node(page):
+    text = "7 of 7 text layers in 2 of 2 steps, <b>lambda</b> 2, alpha 1.5"
+    chip(page, ADVANCED, "Block d1").click()
+    settle(page)
+    tell(page, ADVANCED, text)
+    for other in (BASIC, UNKNOWN):
+        expect(receipt(page, other)).to_be_hidden()
+    # of a node that is not there, or not ours
+    for unknown in (99, CHECKPOINT, f"{BASIC}:1", f"99:{BASIC}"):
+        tell(page, unknown, "nobody's")
+    expect(page.get_by_text("nobody's")).to_have_count(0)
+
+    page.keyboard.press("Control+z")
+    page.wait_for_function(f"app.graph.getNodeById({ADVANCED})?.widgets.some((w) => w.value === 'all')")
+    page.wait_for_timeout(700)
+    assert pressed(page, ADVANCED) == []
+    expect(receipt(page, ADVANCED)).to_have_text(text)
+    assert_it_has_its_own_room(page, ADVANCED)
+
+    # behind the undo: the front end may take it for a step of its own
+    collapse = f"app.graph.getNodeById({ADVANCED}).collapse(true)"
+    page.evaluate(collapse)
+    page.wait_for_timeout(300)
+    expect(receipt(page, ADVANCED)).to_be_hidden()
+    page.evaluate(collapse)
+    expect(receipt(page, ADVANCED)).to_have_text(text)
+    assert_it_has_its_own_room(page, ADVANCED)
+
+    copy = page.evaluate(
+        """(id) => {
+            app.canvas.copyToClipboard(new Set([app.graph.getNodeById(id)]));
+            app.canvas.pasteFromClipboard();
+            return Math.max(...app.graph.nodes.map((node) => Number(node.id)));
+        }""",
+        ADVANCED,
+    )
+    assert copy not in PANELS
+    expect(plot(page, copy).locator("rect.dense")).to_have_count(12)
+    expect(receipt(page, copy)).to_be_hidden()
+
+
+def test_what_the_last_run_did_stays_in_the_other_renderer(page):
+    text = "7 of 7 text layers in 2 of 2 steps, lambda 2, alpha 1.5"
+    tell(page, BASIC, text)
+    own = page.renderer
+    switch = "(on) => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+    try:
+        for renderer in ("classic" if own == "nodes-2" else "nodes-2", own):
+            page.evaluate(switch, renderer == "nodes-2")
+            page.renderer = renderer
+            page.wait_for_timeout(1000)
+            expect(receipt(page, BASIC)).to_have_text(text)
+            assert_it_has_its_own_room(page, BASIC)
+    finally:
+        page.evaluate(switch, own == "nodes-2")
+        page.renderer = own
+
+
+def test_a_node_in_a_subgraph_says_what_the_last_run_did(page):
+    page.evaluate(BUILD, SAMPLING)
+    # not what the host has in its cache from the other renderer
+    alpha = 1.25 if page.renderer == "classic" else 1.75
+    set_value(page, ADVANCED, alpha=alpha)
+    page.evaluate(
+        "(id) => window.made = app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)])).node.id", ADVANCED
+    )
+    page.wait_for_timeout(500)
+    # as a double click does
+    page.evaluate("app.canvas.openSubgraph(app.graph.getNodeById(made).subgraph, app.graph.getNodeById(made))")
+    # it moves the view, too
+    page.wait_for_timeout(500)
+    node = page.evaluate("""() => {
+        app.canvas.ds.scale = 1;
+        app.canvas.ds.offset = [0, 0];
+        app.canvas.setDirty(true, true);
+        return app.canvas.graph.nodes[0].id;
+    }""")
+    expect(plot(page, node).locator("rect.dense")).to_have_count(12)
+    expect(receipt(page, node)).to_be_hidden()
+    queue(page)
+    expect(receipt(page, node)).to_have_text(f"7 of 7 text layers in 20 of 20 steps, lambda 2, alpha {alpha}")
+    assert_it_has_its_own_room(page, node)

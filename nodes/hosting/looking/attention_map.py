@@ -14,8 +14,10 @@ import torch
 from ....pladis_core import KINDS, LayerReport, attention_maps
 from ..models.layers import Layer
 from ..models.target import Target
+from ..models.tokens import kinds_of_keys
 from ..settings import Settings
 from ..wrappers import apply_settings
+from .regime import parts_of
 from .words import Word
 
 PATCHES = (1, 2, 4, 8, 16, 32)
@@ -38,12 +40,17 @@ class AttentionMaps:
     layers_seen: int = 0
     reports: dict[Layer, list[LayerReport]] = field(default_factory=dict)
 
-    def __call__(self, layer: Layer, q, k, v, mask=None, scale=None, row_lse=None, size=None, ahead=0) -> None:
+    def __call__(
+        self, layer: Layer, q, k, v, mask=None, scale=None, row_lse=None, size=None, ahead=0, kinds=()
+    ) -> None:
         """One attention call; `size` is the picture's at this layer where the host tells it, else see `token_grid`."""
         if layer not in self.watched:
             return
         groups = [[p for p in word.positions if p < k.shape[2]] for word in self.words]
-        maps, report = attention_maps(q, k, v, groups, mask, scale, row_lse, lam=self.lam, alpha=self.alpha)
+        parts = parts_of(kinds_of_keys(kinds, k.shape[2]))
+        maps, report = attention_maps(
+            q, k, v, groups, mask, scale, row_lse, lam=self.lam, alpha=self.alpha, parts=parts
+        )
         self.reports.setdefault(layer, []).append(report)
         grid = (1, *size) if size is not None else token_grid(q.shape[2], self.latent[2:])
         if grid is None or not all(groups):

@@ -20,6 +20,13 @@ from . import spans
 from .spans import RowOf, Span, image_text, text_image, text_references_image
 
 UNET, CROSS, JOINT, UNSUPPORTED = "U-Net", "cross", "joint", "none"
+# where the encoder puts a start token: in front of every 77 tokens, in front of all
+CHUNKS, FIRST = "of every 77 tokens", "the first token"
+# what tells the padding that takes part: rows of zeros, the text that was encoded, these where there are any and else
+# the text, its place behind the prompt's tokens, nothing
+PADDING_OF_ZEROS, PADDING_OF_TEXT, PADDING_OF_ZEROS_OR_TEXT, BEHIND, NOT_TOLD = (
+    "zeros", "clip and prompt", "zeros, or clip and prompt", "its place behind the prompt", "nothing",
+)  # fmt: skip
 
 
 class Diverted(NamedTuple):
@@ -49,7 +56,10 @@ class Family:
     the functions that carry the attention of modules which never get transformer_options. `flat`: the batch's prompts
     lie one after the other in one row. `calls` tells the attention calls of one module by the length of their keys,
     where not all of them are text. `ahead` counts the queries in front of those of the picture (-1: all that are not
-    the picture's), for who draws maps. `since`: the oldest tested ComfyUI that has the family; empty: a pack's.
+    the picture's), for who draws maps. `experts`: paths of the modules of each network in the network, of
+    which a step runs one. `apart`: the end of the paths of modules that read another text than the argument `text`.
+    `start` tells where the encoder puts a start token, `padding` what tells the padding that takes part; empty: none.
+    `since`: the oldest tested ComfyUI that has the family; empty: a pack's.
     """
 
     name: str
@@ -65,8 +75,16 @@ class Family:
     flat: bool = False
     calls: Callable[[Handed], tuple[Span, ...]] = lambda handed: ()
     ahead: Callable[[Any, Mapping[str, Any]], int] = lambda network, arguments: 0
+    experts: tuple[tuple[str, ...], ...] = ()
+    apart: str = ""
+    start: str | Callable[[Any], str] = ""
+    padding: str = ""
     reason: str = ""
     since: str = "0.20.0"
+
+    def start_of(self, network: Any) -> str:
+        """`start` of one of the family's networks."""
+        return self.start(network) if callable(self.start) else self.start
 
 
 def image_and_text_calls(handed: Handed) -> tuple[Span, ...]:
@@ -85,10 +103,16 @@ def wan_reference(network, arguments: Mapping[str, Any]) -> int:
     return spans.image_tokens(reference.shape, (1, 2, 2)[-(reference.ndim - 2) :])
 
 
+def lumina_start(network) -> str:
+    """Gemma puts a start token, Z-Image's Qwen none (text_encoders/lumina2.py, z_image.py)."""
+    return "" if network.pad_tokens_multiple else FIRST
+
+
 DOUBLE_SINGLE = ("double_blocks.*", "single_blocks.*")
 BLOCKS, LAYERS, TRANSFORMER_BLOCKS = ("blocks.*",), ("layers.*",), ("transformer_blocks.*",)
 WAN = {"kind": CROSS, "modules": ("blocks.*.cross_attn", "vace_blocks.*.cross_attn"), "calls": image_and_text_calls,
-       "ahead": wan_reference, "pads": "zeros to 512 in the text encoder, not masked: take part"}  # fmt: skip
+       "ahead": wan_reference, "pads": "zeros to 512 in the text encoder, not masked: take part",
+       "padding": PADDING_OF_ZEROS}  # fmt: skip
 NO_PADS = "none"
 # attention that calls torch or xformers itself
 PLAIN = (Diverted("torch.nn.functional", "scaled_dot_product_attention", "torch"),
@@ -98,7 +122,7 @@ PLAIN = (Diverted("torch.nn.functional", "scaled_dot_product_attention", "torch"
 TABLE = (
     Family("SD 1.x, SD 2.x, SDXL and its refiner, SSD-1B, Vega, KOALA, InstructPix2Pix, X4 upscaler", UNET,
            ("comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel", "sd.openaimodel.ReUNetModel"),
-           pads="end tokens to 77: take part"),
+           pads="end tokens to 77: take part", start=CHUNKS, padding=PADDING_OF_TEXT),
     Family("SVD, SV3D, Zero123", UNSUPPORTED,
            ("comfy.model_base.SVD_img2vid", "comfy.model_base.Stable_Zero123"),
            reason="It has no text attention: it attends to a single image token, where sparse and dense attention are "
@@ -106,16 +130,17 @@ TABLE = (
     Family("Flux.1, Fill, Kontext, Redux, LongCat-Image; Flux.2, Klein", JOINT, ("comfy.ldm.flux.model.Flux",),
            DOUBLE_SINGLE, text_image(),
            "Flux.1: T5's to 256, Flux.2: zeros on the left to 512, not masked: take part. A mask (Redux) is kept",
-           text_tensor="txt", img_slice=True),
+           text_tensor="txt", img_slice=True, padding=PADDING_OF_ZEROS_OR_TEXT),
     Family("Chroma, Chroma Radiance", JOINT,
            ("comfy.ldm.chroma.model.Chroma", "comfy.ldm.chroma_radiance.model.ChromaRadiance",
            "chroma.model.ReChroma"), DOUBLE_SINGLE, text_image(), NO_PADS, text_tensor="txt", img_slice=True),
     Family("SD3, SD3.5", JOINT, ("comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
            "sd35.mmdit.ReOpenAISignatureMMDITWrapper"), ("joint_blocks.*",), text_image(),
-           "of CLIP to 77 and of T5 to 77, not masked: take part"),
+           "of CLIP to 77 and of T5 to 77, not masked: take part", start=FIRST, padding=PADDING_OF_TEXT),
     Family("AuraFlow", JOINT, ("comfy.ldm.aura.mmdit.MMDiT", "aura.mmdit.ReMMDiT"),
            ("double_layers.*", "single_layers.*"), spans.auraflow,
-           "zeros to 256, not masked: take part. The 8 registers do not", text_tensor="c"),
+           "zeros to 256, not masked: take part. The 8 registers do not", text_tensor="c",
+           padding=PADDING_OF_ZEROS),
     Family("Qwen-Image, Qwen-Image-Edit", JOINT, ("comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",),
            TRANSFORMER_BLOCKS, text_image(), "none, or masked: out", text_tensor="encoder_hidden_states"),
     Family("Qwen-Image, Qwen-Image-Edit by ComfyUI-nunchaku", JOINT,
@@ -124,16 +149,19 @@ TABLE = (
            diverted=(Diverted("models.qwenimage", "optimized_attention_masked"),), since=""),
     Family("MageFlow", JOINT, ("comfy.ldm.mage_flow.model.MageFlowTransformer2DModel",), TRANSFORMER_BLOCKS,
            text_image(), "none, or masked: out", text_tensor="encoder_hidden_states", since="0.33.0"),
-    Family("Lumina 2, NewBie, Z-Image (Omni, pixel)", JOINT, ("comfy.ldm.lumina.model.NextDiT",), LAYERS,
-           spans.lumina, "Lumina 2: none. Z-Image: learned ones to a multiple of 32, not masked, which carry text "
-           "after the refiner: take part"),
+    Family("Qwen-Image 2.1", JOINT, ("comfy.ldm.qwen_image21.model.QwenImage21Transformer2DModel",),
+           TRANSFORMER_BLOCKS, spans.qwen_image21, NO_PADS, diverted=(Diverted("comfy.ldm.qwen_image21.model"),),
+           since="0.38.1"),
+    Family("Lumina 2, NewBie, Z-Image (Omni, pixel), Ming-Image", JOINT, ("comfy.ldm.lumina.model.NextDiT",), LAYERS,
+           spans.lumina, "Lumina 2: none. Z-Image, Ming-Image-Layer: learned ones to a multiple of 32, not masked, "
+           "which carry text after the refiner: take part", start=lumina_start, padding=BEHIND),
     Family("HunyuanVideo 1 and 1.5, SkyReels, HunyuanCustom, HunyuanImage 2.1", JOINT,
            ("comfy.ldm.hunyuan_video.model.HunyuanVideo",), DOUBLE_SINGLE, spans.hunyuan_video,
            "none, or masked: out. Vision tokens do not take part, glyph tokens do", text_tensor="txt",
            img_slice=True),
     Family("HiDream I1, E1", JOINT, ("comfy.ldm.hidream.model.HiDreamImageTransformer2DModel",),
            ("double_stream_blocks.*", "single_stream_blocks.*"), spans.hidream,
-           "of T5 and Llama to 128, not masked: take part"),
+           "of T5 and Llama to 128, not masked: take part", padding=NOT_TOLD),
     Family("OmniGen2", JOINT, ("comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel",), LAYERS,
            text_references_image(), NO_PADS),
     Family("Boogu", JOINT, ("comfy.ldm.boogu.model.BooguTransformer2DModel",),
@@ -142,7 +170,8 @@ TABLE = (
     Family("Mochi", JOINT, ("comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint",), BLOCKS, spans.mochi,
            "of T5 to 256, cut off by the host: out"),
     Family("CogVideoX", JOINT, ("comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel",), BLOCKS, spans.cogvideo,
-           "of T5 to 226, not masked: take part", text_tensor="encoder_hidden_states", since="0.33.0"),
+           "of T5 to 226, not masked: take part", text_tensor="encoder_hidden_states", padding=PADDING_OF_TEXT,
+           since="0.33.0"),
     Family("Krea 2", JOINT, ("comfy.ldm.krea2.model.SingleStreamDiT",), BLOCKS, spans.krea2, NO_PADS,
            since="0.33.0"),
     Family("Ideogram 4", JOINT, ("comfy.ldm.ideogram4.model.Ideogram4Transformer2DModel",), LAYERS, text_image(1),
@@ -152,12 +181,13 @@ TABLE = (
     Family("Lens", JOINT, ("comfy.ldm.lens.model.LensTransformer2DModel",), TRANSFORMER_BLOCKS, image_text(1),
            "masked: out", since="0.33.0"),
     Family("PixelDiT", JOINT, ("comfy.ldm.pixeldit.model.PixDiT_T2I",), ("patch_blocks.*",), spans.pixeldit,
-           "to 300, not masked: take part", since="0.33.0"),
+           "to 300, not masked: take part", start=FIRST, padding=PADDING_OF_TEXT, since="0.33.0"),
     Family("ERNIE-Image", JOINT, ("comfy.ldm.ernie.model.ErnieImageModel",), LAYERS, image_text(), NO_PADS,
            diverted=(Diverted("comfy.ldm.ernie.model"),)),
     Family("Stable Cascade, stage C", JOINT, ("comfy.ldm.cascade.stage_c.StageC",),
            ("down_blocks.*.*.attention.attn", "up_blocks.*.*.attention.attn"), spans.cascade_c,
-           "end tokens to 77: take part. Pooled prompt and vision tokens do not", text="clip_text"),
+           "end tokens to 77: take part. Pooled prompt and vision tokens do not", text="clip_text", start=CHUNKS,
+           padding=PADDING_OF_TEXT),
     Family("Stable Cascade, stage B", JOINT, ("comfy.ldm.cascade.stage_b.StageB",),
            ("down_blocks.*.*.attention.attn", "up_blocks.*.*.attention.attn"), spans.cascade_b,
            "none: the text is one pooled vector, mapped to 4 tokens", text="clip"),
@@ -172,17 +202,25 @@ TABLE = (
            pads="masked: out"),
     Family("LTX-2, video and audio", CROSS, ("comfy.ldm.lightricks.av_model.LTXAVModel",),
            ("transformer_blocks.*.attn2", "transformer_blocks.*.audio_attn2"),
-           pads="learned registers to 1024, not masked: take part"),
+           pads="learned registers to 1024, not masked: take part", padding=NOT_TOLD),
     Family("Cosmos 1", CROSS, ("comfy.ldm.cosmos.model.GeneralDIT",), ("blocks.block*.blocks.1.block.attn",),
-           pads="zeros to 512, not masked: take part"),
+           pads="zeros to 512, not masked: take part", padding=PADDING_OF_ZEROS),
     Family("Cosmos-Predict2, Anima", CROSS, ("comfy.ldm.cosmos.predict2.MiniTrainDIT",), ("blocks.*.cross_attn",),
-           pads="zeros to 512, not masked: take part"),
+           pads="zeros to 512, not masked: take part", padding=PADDING_OF_ZEROS),
     Family("Kandinsky 5", CROSS, ("comfy.ldm.kandinsky5.model.Kandinsky5",),
            ("visual_transformer_blocks.*.cross_attention",), pads=NO_PADS),
+    Family("Kandinsky 6, video and audio", CROSS, ("comfy.ldm.kandinsky6.model.Kandinsky6NativeAVDiT",),
+           ("visual_blocks.*.videoT.cross_attention", "visual_blocks.*.audioT.cross_attention"), pads=NO_PADS,
+           since="0.38.1"),
+    Family("Prism, video and audio", CROSS, ("comfy.ldm.prism.model.Prism",),
+           ("fusion_blocks.*.video_block.cross_attn", "fusion_blocks.*.audio_block.cross_attn",
+           "remaining_video_blocks.*.cross_attn", "video_dit_2.blocks.*.cross_attn"), pads=NO_PADS,
+           experts=(("fusion_blocks.*.video_block.*", "remaining_video_blocks.*"), ("video_dit_2.*",)),
+           apart=".audio_block.cross_attn", since="0.38.1"),
     Family("PixArt alpha, sigma", CROSS, ("comfy.ldm.pixart.pixartms.PixArtMS",), ("blocks.*.cross_attn",),
            pads=NO_PADS, diverted=(Diverted("comfy.ldm.pixart.blocks"),)),
     Family("HunyuanDiT", CROSS, ("comfy.ldm.hydit.models.HunYuanDiT",), ("blocks.*.attn2",),
-           pads="a learned embedding for each, not masked: take part",
+           pads="a learned embedding for each, not masked: take part", padding=NOT_TOLD,
            diverted=(Diverted("comfy.ldm.hydit.attn_layers"),)),
     Family("SANA by ComfyUI_ExtraModels", CROSS, ("Sana.models.sana_multi_scale.SanaMS", "Sana.models.sana.Sana"),
            ("blocks.*.cross_attn",), pads="cut off by that pack: out", diverted=PLAIN, flat=True, since=""),
@@ -196,17 +234,22 @@ TABLE = (
            diverted=(Diverted("comfy.ldm.ace.ace_step15"),)),
     Family("Stable Audio 1, 3", CROSS, ("comfy.ldm.audio.dit.AudioDiffusionTransformer",),
            ("transformer.layers.*.cross_attn",), pads="to 128 (3: 256), not masked: take part, and so do the seconds. "
-           "Version 3 subtracts a second attention: PLADIS is in both", ahead=lambda network, arguments: -1),
+           "Version 3 subtracts a second attention: PLADIS is in both", padding=NOT_TOLD,
+           ahead=lambda network, arguments: -1),
     Family("Hunyuan3D, Trellis 2, TripoSplat", UNSUPPORTED, (
            "comfy.ldm.hunyuan3d.model.Hunyuan3Dv2", "comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain",
-           "comfy.ldm.trellis2.model.Trellis2", "comfy.ldm.triposplat.model.LatentSeqMMFlowModel"),
+           "comfy.ldm.hunyuan3d.paint.unet.UNet2p5DConditionModel", "comfy.ldm.trellis2.model.Trellis2",
+           "comfy.ldm.triposplat.model.LatentSeqMMFlowModel"),
            reason="It has no text attention: it attends to an image"),
     Family("SeedVR2, MiniMax-Music, PiD", UNSUPPORTED, (
            "comfy.ldm.seedvr.model.NaDiT", "comfy.ldm.minimax_music.dit.MiniMaxMusic3DiT",
            "comfy.ldm.pixeldit.pid.PidNet"),
            reason="This pack does not cover it: where its attention reads a prompt, if it does, has not been tested"),
-    Family("HiDream-O1", UNSUPPORTED, ("comfy.ldm.hidream_o1.model.HiDreamO1Transformer",),
-           reason="It is a language model: text and image are one causal sequence, which PLADIS does not cover"),
+    Family("HiDream-O1, SenseNova U1.5, YuE2", UNSUPPORTED, (
+           "comfy.ldm.hidream_o1.model.HiDreamO1Transformer", "comfy.ldm.sensenova.model.SenseNovaU15",
+           "comfy.ldm.yue2.model.YuE2"),
+           reason="It is a language model: the prompt and what is made are one causal sequence, which PLADIS does not "
+                  "cover"),
 )
 # fmt: on
 NAMES = {name: family for family in TABLE for name in family.classes}

@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..lists import entries, shortened
 from .families import UNET, Family
 
 LAYER_CHOICES = ("all", "down + up", "custom")
 PREFIXES = {"d": "input", "m": "middle", "u": "output", "b": "block"}
-ENTRY = re.compile(r"([dmub])(\d+)(?:-\1?(\d+))?(?:\.(\d+)(?:-(\d+))?)?", re.ASCII)
+# no model has as many blocks as four digits count
+ENTRY = re.compile(r"([dmub])(\d{1,4})(?:-\1?(\d{1,4}))?(?:\.(\d{1,4})(?:-(\d{1,4}))?)?", re.ASCII)
 
 
 class Layer(NamedTuple):
@@ -114,10 +116,10 @@ def choose_layers(choice: str, blocks: str, layers: tuple[Layer, ...]) -> frozen
         return frozenset(layer for layer in layers if layer.part != "middle")
     if choice != "custom":
         raise ValueError(f"layers {choice!r} is unknown: choose one of {', '.join(LAYER_CHOICES)}.")
-    entries = [entry.strip() for entry in blocks.split(",") if entry.strip()]
-    if not entries:
+    named = entries(blocks)
+    if not named:
         raise ValueError(f"layers is custom but blocks is empty. {describe_blocks(layers)}")
-    return frozenset().union(*(_parse_entry(entry, layers) for entry in entries))
+    return frozenset().union(*(_parse_entry(entry, layers) for entry in named))
 
 
 def _parse_entry(entry: str, layers: tuple[Layer, ...]) -> frozenset[Layer]:
@@ -125,8 +127,8 @@ def _parse_entry(entry: str, layers: tuple[Layer, ...]) -> frozenset[Layer]:
     match = ENTRY.fullmatch(entry.lower())
     if match is None:
         raise ValueError(
-            f"blocks: {entry!r} is not a block. Write d, m or u (in a transformer b), a number, and optionally a dot "
-            f"and a layer, with ranges as 2-9: d2.2-9,m0,u0.4. {describe_blocks(layers)}"
+            f"blocks: {shortened(entry)!r} is not a block. Write d, m or u (in a transformer b), a number, and "
+            f"optionally a dot and a layer, with ranges as 2-9: d2.2-9,m0,u0.4. {describe_blocks(layers)}"
         )
     prefix, first, last, first_index, last_index = match.groups()
     by_number = _group(PREFIXES[prefix], layers)

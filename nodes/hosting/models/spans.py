@@ -34,7 +34,8 @@ class Row:
     """The key row in order, and which of its spans travel together through a block.
 
     `queries`: None where they are the same row, else the names of the spans that they hold. `levels`: what other
-    lengths the image has in a U-Net, where each level attends to the same text.
+    lengths the image has in a U-Net, where each level attends to the same text. `others`: how many queries and keys the
+    block's attention has where it is not the image's.
     """
 
     keys: tuple[Span, ...]
@@ -42,15 +43,16 @@ class Row:
     text_stream: tuple[str, ...] = ("text",)
     image_stream: tuple[str, ...] = ("image", "references")
     levels: tuple[int, ...] = ()
+    others: tuple[tuple[int, int], ...] = ()
 
 
 RowOf = Callable[[Any, Arguments], Row]
 
 
 class Places(NamedTuple):
-    """`text`: columns of the keys. `image`: rows of the queries, a slice or indices (on the CPU); None: all of them."""
+    """`text`: columns of the keys. `image`: rows of the queries; None: all of them. Slices, or indices on the CPU."""
 
-    text: slice
+    text: slice | torch.Tensor
     image: slice | torch.Tensor | None
 
 
@@ -130,9 +132,10 @@ def auraflow(network, arguments: Arguments) -> Row:
 
 
 def lumina(network, arguments: Arguments) -> Row:
-    """[reference captions, caption, more captions, vision, references, image], in Z-Image each padded by itself
-    (lumina/model.py)."""
+    """[reference captions, caption, more captions, vision, references, image], in Z-Image each padded by itself; in
+    Ming-Image [caption, what the language model says of it, image, frames of references] (lumina/model.py)."""
     multiple = network.pad_tokens_multiple or 1
+    direct, frames = arguments.get("direct_context"), arguments.get("ref_frames") or ()
     references = arguments.get("ref_latents") or []
     captions, vision = [], 0
     if references:
@@ -146,8 +149,35 @@ def lumina(network, arguments: Arguments) -> Row:
             vision = sum(_up(tokens, multiple) for tokens in seen) + multiple * (len(references) - len(seen) + 1)
     # learned pads of the image carry image after the refiner, as those of the text carry text
     sizes = [_up(image_tokens(latent.shape, network.patch_size), multiple) for latent in (*references, arguments["x"])]
-    text = sum(_up(length, multiple) for length in (*captions, context(arguments)))
-    return Row(_partition(("text", text), ("vision", vision), ("references", sum(sizes[:-1])), ("image", sizes[-1])))
+    caption = context(arguments) + (0 if direct is None else direct.shape[1])
+    text = sum(_up(length, multiple) for length in (*captions, caption))
+    if not frames:
+        keys = ("text", text), ("vision", vision), ("references", sum(sizes[:-1])), ("image", sizes[-1])
+        return Row(_partition(*keys))
+    # the pads are behind the references
+    image, *others = (image_tokens(latent.shape, network.patch_size) for latent in (arguments["x"], *frames))
+    return Row(_partition(("text", text), ("image", image), ("references", _up(image + sum(others), multiple) - image)))
+
+
+def qwen_image21(network, arguments: Arguments) -> Row:
+    """Queries are image alone, keys [text with references between its tokens, image] (qwen_image21/model.py).
+
+    A block attends to this row piece by piece, each piece to what is in front of it and to itself; from the second step
+    on the host keeps all but the image's piece in a cache.
+    """
+    text, references = context(arguments), arguments.get("ref_latents") or []
+    slots = [*(arguments.get("image_slots") or []), *[text] * len(references)][: len(references)]
+    keys, others, start, length = [], [], 0, 0
+    for slot, latent in zip((*slots, text), (*references, None), strict=True):
+        keys.append(("text", slot - start))
+        if latent is not None:
+            keys.append(("references", image_tokens(latent.shape, 1)))
+        start = slot
+    for _, tokens in keys:
+        length += tokens
+        others.append((tokens, length))
+    keys.append(("image", image_tokens(arguments["x"].shape, 1)))
+    return Row(_partition(*keys), ("image",), others=tuple(others))
 
 
 def hunyuan_video(network, arguments: Arguments) -> Row:
@@ -278,9 +308,12 @@ def place(row: Row, inserted: Inserted, queries: int, keys: int) -> Places | Non
     The keys are the row with what was inserted; what was removed is behind everything, or missing. The queries are
     `row.queries`; else the row without what was removed, or without references, or its image stream alone.
 
-    None where there is no text, and where this is another attention of the same block, as its keys tell: those of the
-    image stream alone, or of the text stream alone. ValueError where nothing adds up, or more than one thing does.
+    None where there is no text, and where this is another attention of the same block: `row.others`, or as its keys
+    tell, those of the image stream alone, or of the text stream alone. ValueError where nothing adds up, or more than
+    one thing does.
     """
+    if (queries, keys) in row.others:
+        return None
     levels = [_as_it_runs(row, inserted, image) for image in (None, *row.levels)]
     readings = [
         (key_row, query_row)
@@ -379,16 +412,15 @@ def _runs(spans: Iterable[Span], name: str) -> tuple[tuple[int, int], ...]:
 
 
 def _places(text: tuple[tuple[int, int], ...], image: tuple[tuple[int, int], ...], queries: int) -> Places | None:
-    if len(text) > 1:
-        raise ValueError(f"the text is in {len(text)} parts, at columns {', '.join(f'{a} to {b}' for a, b in text)}")
     if not text:
         return None
-    columns = slice(*text[0])
-    if image == ((0, queries),):
-        return Places(columns, None)
-    if len(image) == 1:
-        return Places(columns, slice(*image[0]))
-    return Places(columns, torch.cat([torch.arange(start, stop) for start, stop in image]))
+    return Places(_indices(text), None if image == ((0, queries),) else _indices(image))
+
+
+def _indices(runs: tuple[tuple[int, int], ...]) -> slice | torch.Tensor:
+    if len(runs) == 1:
+        return slice(*runs[0])
+    return torch.cat([torch.arange(start, stop) for start, stop in runs])
 
 
 def _sum(spans: Iterable[Span]) -> int:

@@ -6,8 +6,9 @@ the network, on another GPU or without dynamic VRAM, is resolved when it first r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from types import MappingProxyType
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -40,6 +41,17 @@ class Target:
     def layers(self) -> tuple[Layer, ...]:
         """In the order in which the network runs them."""
         return tuple(self.found) if self.family is not None else (BY_SHAPE,)
+
+    def expert(self, layer: Layer) -> int | None:
+        """Which of the family's experts it belongs to."""
+        experts = self.family.experts if self.family is not None else ()
+        fitting = (i for i, paths in enumerate(experts) if any(fnmatchcase(layer.path, path) for path in paths))
+        return next(fitting, None)
+
+    def expected(self, layers: Set[Layer], ran: Set[Layer]) -> Set[Layer]:
+        """`layers` without those of experts that did not run, where others did."""
+        running = {self.expert(layer) for layer in ran}
+        return {layer for layer in layers if self.expert(layer) in running | {None}} if running else layers
 
     def modules(self) -> dict[nn.Module, list[Layer]]:
         """The text modules that are still there; a block of the X4 upscaler makes two layers."""

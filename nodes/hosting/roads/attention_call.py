@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from comfy.ldm.modules import attention as host_attention
 
+# newer hosts hand q, k and v over in these, so that they can be freed early
+CONTAINER = getattr(host_attention, "AttentionTensorContainer", ())
 View = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -50,7 +53,11 @@ class AttentionCall:
 def read_host(
     q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs
 ) -> AttentionCall:
-    """The arguments of optimized_attention (comfy/ldm/modules/attention.py), which callers give by position or name."""
+    """The arguments of optimized_attention (comfy/ldm/modules/attention.py), which callers give by position or name.
+
+    Containers are looked into, not emptied.
+    """
+    q, k, v = (t.peek() if isinstance(t, CONTAINER) else t for t in (q, k, v))
     if not skip_reshape:
         # SD3's value has its heads apart already, behind the tokens
         q, k, v = (t.flatten(2) for t in (q, k, v))
@@ -67,6 +74,12 @@ def read_host(
     )
 
 
+def taken_over(args: tuple) -> Callable[[], tuple]:
+    """Empties the caller's containers; what makes the arguments anew, in new ones."""
+    taken = [(arg.take(), True) if isinstance(arg, CONTAINER) else (arg, False) for arg in args]
+    return lambda: tuple(CONTAINER(value) if contained else value for value, contained in taken)
+
+
 def read_torch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_) -> AttentionCall:
     """Those of torch.nn.functional.scaled_dot_product_attention, with four dimensions."""
     if query.ndim != 4 or is_causal:
@@ -81,7 +94,7 @@ def read_xformers(query, key, value, attn_bias=None, p=0.0, scale=None, **_) -> 
     return AttentionCall(q, k, v, mask, scale, give=_tokens_first, view=_tokens_first)
 
 
-READERS = {"host": read_host, "torch": read_torch, "xformers": read_xformers}
+READERS = {"": read_host, "host": read_host, "preference": read_host, "torch": read_torch, "xformers": read_xformers}
 
 
 def _four_dimensions(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -26,7 +26,7 @@ from ..batch import Batch
 from ..models.layers import Layer
 from ..models.target import Target
 from ..running import ModelCall, current_call, running
-from .unet import dense_attention, with_hooks
+from .unet import dense_attention, dense_in, with_hooks
 
 # comfy_api/torch_helpers/torch_compile.py, COMPILE_KEY and TORCH_COMPILE_KWARGS
 COMPILE_KEY = "torch.compile"
@@ -127,7 +127,9 @@ def replaced_attention(
     call = current_call()
     slots = {} if call is None else call.slots.get(slot, {})
     options = {} if call is None else call.options
-    hook = slots.get((part, number, index), slots.get((part, number), dense_attention))
+    hook = slots.get((part, number, index), slots.get((part, number)))
+    if hook is None:
+        hook = dense_attention if call is None else dense_in(call.target, Layer(slot, part, number, index))
     plain = {key: value for key, value in options.items() if key not in ("patches", "patches_replace")}
     extra_options = {
         **plain, "block": (part, number), "block_index": index, "n_heads": n_heads, "dim_head": dim_head,

@@ -3,17 +3,21 @@
 A text module is known since the node ran. When it is entered, it gets transformer_options with an attention override
 of its own (comfy/ldm/modules/attention.py, wrap_attn); where its calls go past these options, the function that carries
 them is diverted while it runs. No other attention of the network sees anything of it, and an override that another node
-has set computes the dense part.
+has set, or the kernel that a checkpoint prefers, computes the dense part.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import comfy.ops
 import torch
 from comfy.ldm.modules import attention as host_attention
+from torch.nn.attention import sdpa_kernel
 
 from ....pladis_core import (
     add_capped,
@@ -28,9 +32,11 @@ from ..handed import OPTIONS, Handed
 from ..models.families import JOINT
 from ..models.layers import Layer
 from ..models.spans import Inserted, Places, Row, Span, place
+from ..models.tokens import mixed_keys
 from ..running import KEY, ModelCall, current_call, in_backward
-from .attention_call import READERS, AttentionCall, one_row_each
+from .attention_call import READERS, AttentionCall, one_row_each, taken_over
 from .direct import divert, diverted_functions
+from .preferred import divert_preference, preferences
 from .streams import StreamProbe
 
 Attention = Callable[..., torch.Tensor]
@@ -38,6 +44,10 @@ OVERRIDE = "optimized_attention_override"
 # the host's own softmax attention, for which torch's is the same mathematics, on a CPU much faster
 SOFTMAX = {"cuda": ("attention_pytorch",),
            "cpu": ("attention_pytorch", "attention_sub_quad", "attention_split", "attention_basic")}  # fmt: skip
+# elements of the query below which the host leaves the choice to torch (comfy/ops.py)
+SMALL = 1024 * 128
+# rows of text alone
+EVERYWHERE = Places(slice(None), None)
 WAY_OUT = (
     "Another node changed the tokens of this block in a way that PLADIS cannot follow. Remove that node, or Apply "
     "PLADIS."
@@ -66,7 +76,8 @@ def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed
     override = partial(TextOverride, call, layer, family.calls(handed), handed.rows if family.flat else None)
     if call.undo:
         raise call.lost_hooks()
-    for function in diverted_functions(family.diverted, handed):
+    functions = diverted_functions(family.diverted, handed)
+    for function in functions:
         call.undo.append(divert(function, override(None)))
     if not handed.takes(OPTIONS):
         return handed
@@ -76,6 +87,11 @@ def enter_module(call: ModelCall, layers: list[Layer], handed: Handed) -> Handed
     if isinstance(resident, TextOverride):
         # of an earlier call, in options that another pack kept
         resident = resident.resident
+    preferred = preferences(handed.module) if resident is None else []
+    if preferred:
+        for preference in preferred if not functions else ():
+            call.undo.append(divert_preference(preference, override(None)))
+        return handed.with_options({key: value for key, value in options.items() if key != OVERRIDE})
     return handed.with_options({**options, OVERRIDE: override(resident)})
 
 
@@ -144,25 +160,49 @@ class TextOverride:
         self._lengths = {span.length for span in calls}
 
     def __call__(self, function: Attention, *args, diverted: str = "", **kwargs) -> torch.Tensor:
-        """`diverted`: how a function that was diverted is called; empty for the host's own call of an override."""
-        if diverted and isinstance((kwargs.get(OPTIONS) or {}).get(OVERRIDE), TextOverride):
+        """`diverted`: what the call was diverted from; empty for the host's own call of an override."""
+        by_options = (kwargs.get(OPTIONS) or {}).get(OVERRIDE)
+        if diverted and isinstance(by_options, TextOverride):
             # it comes here again by its options
             return function(*args, **kwargs)
         dense = function if self.resident is None else partial(self.resident, function)
         if current_call() is not self.call and not in_backward():
             # its call is over: another pack kept the options
             return dense(*args, **kwargs)
-        args = _taken(args)
-        attention = READERS[diverted or "host"](*args, **kwargs)
+        attention = READERS[diverted](*args, **kwargs)
         if self.rows is not None:
             attention = one_row_each(attention, self.rows)
-        # what stands in a host's module may be another pack's, and is always asked
-        alone = function if self.resident is None and diverted in ("", "torch") else None
-        out = self._changed(attention, alone, partial(dense, *args, **kwargs)) if self._is_text(attention) else None
-        if out is None:
+        places = self._places(attention)
+        if places is None:
+            # the host frees its tensors early
+            del attention
             return dense(*args, **kwargs)
+        again = taken_over(args)
+        alone = function if self._alone(function, diverted, kwargs) else None
+        compute = self._whole_rows if self.call.row is None else partial(self._joint, places)
+        out = compute(attention, alone, lambda: dense(*again(), **kwargs))
         self.call.reached.add(self.layer)
         return out
+
+    def _alone(self, function: Attention, diverted: str, kwargs: dict[str, Any]) -> bool:
+        """Whether nobody else has a say in this attention.
+
+        What stands in a host's module may be another pack's, and is always asked, and so is what a checkpoint prefers.
+        """
+        if diverted == "host":
+            preferred = getattr(kwargs.get("preferred_attention"), "function", None)
+            overridden = OVERRIDE in (kwargs.get(OPTIONS) or {})
+            return function in _host_functions() and preferred is None and not overridden
+        if diverted == "preference":
+            return function is host_attention.optimized_attention
+        return self.resident is None and diverted in ("", "torch")
+
+    def _places(self, attention: AttentionCall) -> Places | None:
+        """Where text and image are in this call; None where it is not the text's."""
+        if not self._is_text(attention):
+            return None
+        row = self.call.row
+        return EVERYWHERE if row is None else row.places(attention.q.shape[2], attention.k.shape[2])
 
     def _is_text(self, attention: AttentionCall) -> bool:
         """By the length of its keys; of two calls with the same, by their order."""
@@ -177,62 +217,65 @@ class TextOverride:
             self._calls.remove(fitting)
         return fitting.name == "text"
 
-    def _changed(self, attention: AttentionCall, alone: Attention | None, dense) -> torch.Tensor | None:
-        """The attention with PLADIS, in the caller's layout; None where it is not the text's.
+    def _whole_rows(self, attention: AttentionCall, alone, dense) -> torch.Tensor:
+        """Cross-attention: one fused pass, or what is there already plus the correction.
 
         `alone`: the function that nobody else has a say in, so that one fused pass may replace it.
         """
-        if self.call.row is None:
-            return self._whole_rows(attention, alone, dense)
-        places = self.call.row.places(attention.q.shape[2], attention.k.shape[2])
-        return None if places is None else self._joint(attention, places, alone, dense)
-
-    def _whole_rows(self, attention: AttentionCall, alone, dense) -> torch.Tensor:
-        """Cross-attention: one fused pass, or what is there already plus the correction."""
         settings, segments = self._settings_and_segments(attention)
-        options = {"lam": settings.lam, "alpha": settings.alpha, "enable_gqa": attention.grouped}
-        parts = [(segment.rows, *self._text_of(segment, attention)) for segment in segments]
-        everything = len(parts) == 1 and parts[0][0] == slice(0, len(attention.q))
+        options = {"scale": attention.scale, "lam": settings.lam, "alpha": settings.alpha,
+                   "enable_gqa": attention.grouped}  # fmt: skip
+        parts = [(segment, self._text_of(segment, attention)) for segment in segments]
+        everything = len(parts) == 1 and parts[0][0].rows == slice(0, len(attention.q))
         if alone is not None and everything and not settings.norm_cap:
-            ((_, *text),) = parts
-            return attention.give(pladis_attention(*text, attention.scale, **options))
+            ((segment, text),) = parts
+            mix_mask = self._mixed(segment, text[1])
+            return attention.give(pladis_attention(*text, **options, mix_mask=mix_mask))
         out = dense().clone()
         view = attention.view(out)
-        for rows, *text in parts:
-            correction = pladis_correction(*text, attention.scale, **options)
-            view[rows] = _added(view[rows], correction, settings.norm_cap)
+        for segment, text in parts:
+            correction = pladis_correction(*text, **options, mix_mask=self._mixed(segment, text[1]))
+            view[segment.rows] = _added(view[segment.rows], correction, settings.norm_cap)
         return out
+
+    def _mixed(self, segment: Segment, k: torch.Tensor) -> torch.Tensor | None:
+        """Which of a segment's text keys (B, H, Lk, D) are mixed."""
+        return mixed_keys(segment.kinds, self.call.active[self.layer].tokens, k.shape[2], k.device)
 
     def _text_of(self, segment: Segment, attention: AttentionCall):
         """Queries, keys, values and mask of a segment; a prompt that the host repeated counts once."""
         tokens = self.call.batch.tokens
-        repeated = segment.length not in (None, tokens) and attention.k.shape[2] == tokens
+        apart = self.call.target.family is not None and self.call.target.family.apart
+        of_prompt = not apart or not self.layer.path.endswith(apart)
+        repeated = of_prompt and segment.length not in (None, tokens) and attention.k.shape[2] == tokens
         columns = slice(0, segment.length) if repeated else slice(None)
         rows = segment.rows
         q, k, v = attention.q[rows], attention.k[rows][:, :, columns], attention.v[rows][:, :, columns]
         mask = attention.part_of_mask(rows, slice(None), columns)
-        self._watch(q, k, v, mask=mask, scale=attention.scale)
+        self._watch(q, k, v, mask=mask, scale=attention.scale, kinds=segment.kinds)
         return q, k, v, mask
 
-    def _joint(self, attention: AttentionCall, places: Places, alone, dense) -> torch.Tensor:
+    def _joint(self, places: Places, attention: AttentionCall, alone, dense) -> torch.Tensor:
         """Joint attention: image queries on text keys, on top of the dense output."""
         q, k, v, scale, grouped = attention.q, attention.k, attention.v, attention.scale, attention.grouped
         settings, segments = self._settings_and_segments(attention)
         lse = result = None
         if alone is not None and getattr(alone, "__name__", "") in SOFTMAX.get(q.device.type, ()):
-            result = attention_with_lse(q, k, v, attention.mask, scale, enable_gqa=grouped)
+            with kernels_as_the_host_orders_them(q):
+                result = attention_with_lse(q, k, v, attention.mask, scale, enable_gqa=grouped)
         if result is not None:
             view, lse = result
         else:
             out = dense().clone()
             view = attention.view(out)
         rows = slice(None) if places.image is None else places.image
-        whole = places.text.stop - places.text.start
+        columns = torch.arange(k.shape[2])[places.text]
+        whole = len(columns)
         for segment in segments:
-            batch, start = segment.rows, places.text.start
+            batch = segment.rows
             # a prompt that the host repeated counts once
             length = whole if segment.length in (None, self.call.batch.tokens) else segment.length
-            text = slice(start, start + length)
+            text = _as_slice(columns[:length])
             queries = q[batch][:, :, rows]
             row_lse = (
                 log_sum_exp(
@@ -243,10 +286,10 @@ class TextOverride:
             )
             its_text = k[batch][:, :, text], v[batch][:, :, text]
             mask = attention.part_of_mask(batch, rows, text)
-            self._watch(queries, *its_text, mask=mask, scale=scale, row_lse=row_lse)
+            self._watch(queries, *its_text, mask=mask, scale=scale, row_lse=row_lse, kinds=segment.kinds)
             correction = joint_correction(
                 queries, *its_text, row_lse, mask, scale, lam=settings.lam, alpha=settings.alpha,
-                copies=whole // length, enable_gqa=grouped,
+                copies=whole // length, mix_mask=self._mixed(segment, its_text[0]), enable_gqa=grouped,
             )  # fmt: skip
             view[batch][:, :, rows] = _added(view[batch][:, :, rows], correction, settings.norm_cap)
         return out if result is None else attention.give(view)
@@ -258,14 +301,35 @@ class TextOverride:
 
     def _watch(self, *tensors, **others) -> None:
         if self.call.watch is not None:
-            self.call.watch(self.layer, *tensors, **others, ahead=self.call.ahead)
+            with outside_the_hosts_memory_plan():
+                self.call.watch(self.layer, *tensors, **others, ahead=self.call.ahead)
+
+
+def _as_slice(columns: torch.Tensor) -> slice | torch.Tensor:
+    """Of columns in a row, so that they are a view."""
+    first, last = int(columns[0]), int(columns[-1])
+    return slice(first, last + 1) if last + 1 - first == len(columns) else columns
 
 
 def _added(dense: torch.Tensor, correction: torch.Tensor, cap: float) -> torch.Tensor:
     return add_capped(dense, correction, cap) if cap else dense.add_(correction)
 
 
-def _taken(args: tuple) -> tuple:
-    """Newer hosts hand q, k and v over in containers, so that they can be freed early (AttentionTensorContainer)."""
-    container = getattr(host_attention, "AttentionTensorContainer", ())
-    return tuple(arg.take() if isinstance(arg, container) else arg for arg in args)
+def _host_functions() -> tuple[Attention, Attention]:
+    return host_attention.optimized_attention, host_attention.optimized_attention_masked
+
+
+def outside_the_hosts_memory_plan():
+    """For what is kept longer than a model call: newer hosts plan the memory of some networks' evaluations
+    (comfy/model_prefetch.py, malloc_graph_begin)."""
+    prefetch = sys.modules.get("comfy.model_prefetch")
+    pause = getattr(prefetch, "pause_malloc_graph", nullcontext)
+    return pause()
+
+
+def kernels_as_the_host_orders_them(query: torch.Tensor):
+    """torch picks its kernel as it does for the host (comfy/ops.py, scaled_dot_product_attention)."""
+    order = getattr(comfy.ops, "SDPA_BACKEND_PRIORITY", None)
+    if order is None or query.nelement() < SMALL:
+        return nullcontext()
+    return sdpa_kernel(order, set_priority=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from ....pladis_core import add_capped, pladis_attention, pladis_correction
 from ..batch import Segment, repeat_mask
 from ..handed import Handed
 from ..models.layers import Layer
+from ..models.target import Target
+from ..models.tokens import mixed_keys
 from ..running import ModelCall, current_call, in_backward
 from ..settings import Settings
+from .preferred import preferred_by
 
 Hook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
 
@@ -91,15 +95,16 @@ class PladisHook:
     ) -> torch.Tensor:
         """q (B, Lq, H * D), k and v (B, Lk, H * D) -> (B, Lq, H * D)."""
         extra_options = self._with_heads(extra_options)
+        dense = self.resident or dense_in(self.call.target, self.layer)
         if current_call() is not self.call and not in_backward():
             # its call is over: another pack kept the options
-            return (self.resident or dense_attention)(q, k, v, extra_options)
+            return dense(q, k, v, extra_options)
         segments = self._segments(q, k, extra_options)
-        alone = self.resident is None and "optimized_attention_override" not in extra_options
+        alone = dense is dense_attention and "optimized_attention_override" not in extra_options
         if alone and not self.settings.norm_cap:
             parts = [self._fused(segment, q, k, v, extra_options) for segment in segments]
         else:
-            base = (self.resident or dense_attention)(q, k, v, extra_options)
+            base = dense(q, k, v, extra_options)
             parts = [self._added(segment, base, q, k, v, extra_options) for segment in segments]
         self.call.reached.add(self.layer)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -137,8 +142,11 @@ class PladisHook:
         q, k, v = (t.unflatten(-1, (extra_options["n_heads"], -1)).transpose(1, 2) for t in (q, k, v))
         if self.call.watch is not None:
             size = extra_options.get("activations_shape")
-            self.call.watch(self.layer, q, k, v, mask=mask, size=size and tuple(size[-2:]))
-        out = function(q, k, v, mask, lam=self.settings.lam, alpha=self.settings.alpha)
+            size = size and tuple(size[-2:])
+            self.call.watch(self.layer, q, k, v, mask=mask, size=size, kinds=segment.kinds)
+        settings = self.settings
+        mix_mask = mixed_keys(segment.kinds, settings.tokens, k.shape[2], k.device)
+        out = function(q, k, v, mask, lam=settings.lam, alpha=settings.alpha, mix_mask=mix_mask)
         return out.transpose(1, 2).flatten(2)
 
     def _segments(self, q: torch.Tensor, k: torch.Tensor, extra_options: Mapping[str, Any]) -> list[Segment]:
@@ -170,8 +178,15 @@ def refuse_another_pladis(resident: Hook | None) -> None:
         )
 
 
+def dense_in(target: Target, layer: Layer) -> Hook:
+    """What the host does in a layer without a hook; `dense_attention` itself where its checkpoint prefers no kernel."""
+    block = target.found[layer]()
+    preferred = preferred_by(getattr(block, layer.slot, None))
+    return partial(dense_attention, **preferred) if preferred else dense_attention
+
+
 def dense_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: Mapping[str, Any]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: Mapping[str, Any], **preferred
 ) -> torch.Tensor:
     """What the host does without a hook (CrossAttention.forward), attention overrides included."""
     return attention.optimized_attention(
@@ -181,4 +196,5 @@ def dense_attention(
         extra_options["n_heads"],
         attn_precision=extra_options.get("attn_precision"),
         transformer_options=extra_options,
+        **preferred,
     )

@@ -1,0 +1,85 @@
+"""In which regime a model is: what its text attention looks like to PLADIS, and what that suggests to try.
+
+Three facts that follow from the equations decide: a key more than 1 / (alpha - 1) nats below the largest is pruned, and
+turns negative beyond scale 1; keys that say nothing take part in the mix; and near even attention over n tokens the mix
+is `sharpening_factor` times as steep as softmax. From where on a fact is named is our choice, not a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ....pladis_core import LayerReport, sharpening_factor
+from ..models.tokens import OTHER, PADDING, START, WORD
+
+# kinds of tokens in each part of the report
+PARTS = {"start": START, "words": WORD, "padding": OTHER + PADDING}
+# shares of the text's attention
+SINK, PADDED = 0.4, 0.3
+# times as steep as softmax
+STEEP, FLAT = 5.0, 1.5
+
+
+def parts_of(kinds: tuple[str, ...]) -> dict[str, list[int]]:
+    """The key positions of each of `PARTS` that is told for all rows, which are alike."""
+    told = set(kinds)
+    if len(told) != 1:
+        return {}
+    (row,) = told
+    known = {name: [i for i, kind in enumerate(row) if kind in letters] for name, letters in PARTS.items()}
+    covered = sum(map(len, known.values())) == len(row)
+    return {name: places for name, places in known.items() if places and (covered or name == "start")}
+
+
+def mean_mass(reports: Sequence[LayerReport], part: str, kind: int = 0) -> float | None:
+    """Of the layers that have this part: the share that softmax (kind 0) or the mix (1) puts on it."""
+    found = [report.masses[part][kind] for report in reports if part in report.masses]
+    return sum(found) / len(found) if found else None
+
+
+def sentence(reports: Sequence[LayerReport], lam: float, alpha: float) -> str:
+    """One plain sentence: the regime, and what to try."""
+    start, padding = (mean_mass(reports, part) or 0.0 for part in ("start", "padding"))
+    effective, steep = (sum(getattr(r, name) for r in reports) / len(reports) for name in ("effective", "sharpening"))
+    flips = [r.flipped for r in reports if r.flipped is not None]
+    flipped = f", and {sum(flips) / len(flips):.0%} of the words' weights turn negative" if flips else ""
+    if start >= SINK:
+        return (
+            f"Sink: the start token holds {start:.0%} of the text's attention{flipped}. Try tokens: without start "
+            "token in Apply PLADIS (Advanced)."
+        )
+    if padding >= PADDED:
+        return (
+            f"Padding: end token and padding hold {padding:.0%} of the text's attention and are sharpened along with "
+            f"the words{flipped}. Try tokens: words only in Apply PLADIS (Advanced), or a lower scale."
+        )
+    if steep >= STEEP:
+        # a mix as steep as STEEP
+        calm = (STEEP - 1) / (sharpening_factor(effective, 1.0, alpha) - 1)
+        return (
+            f"Diffuse: attention spreads over {effective:.3g} tokens, so scale {lam:g} makes it about {steep:.2g} "
+            f"times as steep as softmax. If pictures get worse, try scale {calm:.2g} ({STEEP:g} times as steep)."
+        )
+    if steep <= FLAT:
+        return (
+            f"Peaky: attention spreads over {effective:.2g} tokens, so scale {lam:g} makes it only about {steep:.2g} "
+            "times as steep as softmax. PLADIS changes little here, whatever the scale."
+        )
+    return (
+        f"In between: attention spreads over {effective:.3g} tokens, and scale {lam:g} makes it about {steep:.2g} "
+        "times as steep as softmax. Nothing here speaks against the paper's scale 2."
+    )
+
+
+def regime_table(names: Sequence[str], reports: Sequence[LayerReport]) -> list[str]:
+    """A line per layer: effective tokens, sharpening, the parts' shares by softmax > by the mix, words below 0."""
+    parts = [part for part in PARTS if any(part in report.masses for report in reports)]
+    heads = ["effective", "sharpening", *parts, "words below 0"]
+    lines = [f"{'layer':<12}" + "".join(f"{head:>17}" for head in heads)]
+    for name, report in zip(names, reports, strict=True):
+        shares = (report.masses.get(part) for part in parts)
+        cells = [f"{report.effective:.4g}", f"{report.sharpening:.3g}"]
+        cells += ["-" if share is None else f"{share[0]:.2f} > {share[1]:.2f}" for share in shares]
+        cells.append("-" if report.flipped is None else f"{report.flipped:.0%}")
+        lines.append(f"{name:<12}" + "".join(f"{cell:>17}" for cell in cells))
+    return lines
