@@ -1,6 +1,6 @@
 """Do pictures follow their prompts better with PLADIS?
 
-    python -m benchmarks.alignment demo                      the demo model, read back by an oracle
+    python -m benchmarks.alignment demo                      the demo models of training/, read back by an oracle
     python -m benchmarks.alignment server --workflow W.json --prompts P.txt --clip FOLDER
                                                              your checkpoint, on a running ComfyUI
 """
@@ -12,6 +12,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+from .alignment_demo import CAPTION_SEED, PARTS
 from .comfy_client import PATIENCE, WorkflowError
 
 
@@ -20,7 +21,7 @@ def main() -> None:
         prog="python -m benchmarks.alignment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _demo_arguments(commands.add_parser("demo", help="the demo model that ships, without ComfyUI"))
+    _demo_arguments(commands.add_parser("demo", help="the trained demo models, without ComfyUI"))
     _server_arguments(commands.add_parser("server", help="any checkpoint, on a running ComfyUI server"))
     args = parser.parse_args()
     try:
@@ -30,22 +31,25 @@ def main() -> None:
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tune", type=int, default=400, help="captions to choose the strength on")
-    parser.add_argument("--report", type=int, default=1000, help="other captions, to report on")
-    parser.add_argument("--steps", type=int, default=20, help="Euler steps of the standard model")
+    parser.add_argument("--trained", type=Path, default=Path("training/small"), help="folder of trained models")
+    parser.add_argument(
+        "--models", nargs="+", default=["all"],
+        help="names (noise15-0), kinds (noise15, sink, student) or seeds (seed0) to report on; settings are chosen on "
+        "seed 0 all the same",
+    )  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all, in this order")
+    parser.add_argument("--tune", type=int, default=300, help="captions to choose on (default: %(default)s)")
+    parser.add_argument("--report", type=int, default=1000, help="captions to report on (default: %(default)s)")
+    parser.add_argument("--caption-seed", type=int, default=CAPTION_SEED, help="of both (default: %(default)s)")
+    parser.add_argument("--precise", action="store_true", help="float32; else bfloat16 where the CPU has it")
+    parser.add_argument("--forecast", action="store_true", help="say how long it will take, and stop")
     parser.add_argument("--out", type=Path, default=Path("alignment"), help="folder of scores, tables.json, tables.md")
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from . import alignment_demo
+    from .alignment_demo import command
 
-    if min(args.tune, args.report) < 2 or args.steps < 1:
-        raise ValueError("--tune and --report must be at least 2, --steps at least 1")
-    result = alignment_demo.measure(args.out / "scores.json", args.tune, args.report, args.steps)
-    (args.out / "tables.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = alignment_demo.markdown(result)
-    (args.out / "tables.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    command.run(args)
 
 
 def _server_arguments(parser: argparse.ArgumentParser) -> None:

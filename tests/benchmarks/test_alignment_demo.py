@@ -1,131 +1,289 @@
-"""benchmarks.alignment on the demo model: what is measured, chosen and written."""
+"""The measurement of the demo models: what is drawn, chosen, kept, skipped and written."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from benchmarks import alignment_demo
-from benchmarks.alignment_demo import (
-    OPPOSITE,
-    PAPER,
-    SOFTMAX,
-    TEMPERATURES,
-    Sampling,
-    Store,
-    Summary,
-    markdown,
-    measure,
-    values,
-)
-from demo.attention import TextAttention
+from benchmarks import alignment
+from benchmarks.alignment_demo import arms, choices, command, measure, pictures, scorers, store, tables
+from benchmarks.alignment_demo.arms import PAPER, SOFTMAX, Setting
+from benchmarks.alignment_demo.choices import CFG_3, NO_GUIDANCE, TUNED, choose, shipped
+from benchmarks.alignment_demo.models import Trained, find
+from benchmarks.alignment_demo.pictures import Disturbance, Sampling, Studio, starting_noise
+from benchmarks.alignment_demo.scorers import Captions, Drawn, Forecast
+from benchmarks.alignment_demo.store import Store, meaning
+from demo.model import autoencoder, text_encoder, unet
 from demo.oracle import Score
-from demo.scenes import COLOURS, SHAPES, Kind, Prompt
+from demo.scenes import COLOURS, Kind, Placed
 
-ROOT = Path(__file__).parents[2]
-GRID = (TextAttention(0.5), TextAttention(1.0, 2.0))
+LAYER = {"start": 0.1, "words": 0.3, "end": 0.1, "padding": 0.5, "effective tokens": 20.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Models that were hardly trained: at random."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    save_file(autoencoder().state_dict(), folder / "autoencoder.safetensors")
+    save_file(text_encoder().state_dict(), folder / "text_encoder.safetensors")
+    for name in ("noise00-0", "noise15-0", "noise15-1", "student-0"):
+        torch.save({"step": 1, "steps": 1, "average": unet().state_dict()}, folder / f"{name}.pt")
+    torch.save({"step": 1, "steps": 2, "average": unet().state_dict()}, folder / "noise15-2.pt")
+    return folder
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(alignment_demo, "GRID", GRID)
-    monkeypatch.setattr(alignment_demo, "TEMPERATURES", TEMPERATURES[:2])
-    monkeypatch.setattr(alignment_demo, "samplings", lambda steps: (Sampling("few-step", 1, 1.0),))
-    monkeypatch.setattr(alignment_demo, "BATCH", 8)
+    """Ways with one step, and few settings of each arm."""
+    ways = {NO_GUIDANCE: (1.0,), CFG_3: (3.0,), TUNED: (1.0, 2.0)}
+    for name, cfgs in ways.items():
+        for table in (choices.WAYS, choices.STANDARD_WAYS):
+            monkeypatch.setitem(table, name, tuple(Sampling(1, cfg) for cfg in cfgs))
+    for arm, settings in arms.TRIED.items():
+        monkeypatch.setitem(arms.TRIED, arm, settings[:2])
+    monkeypatch.setattr(arms, "GROUP_TEMPERATURES", (1.0, 1.5))
+    monkeypatch.setattr(measure, "DISTURBANCES", measure.DISTURBANCES[1::3])
+    monkeypatch.setattr("benchmarks.alignment_demo.results.DISTURBANCES", measure.DISTURBANCES)
+    monkeypatch.setattr(command, "unit_costs", lambda *_: (0.001, 0.01))
+    monkeypatch.setattr("benchmarks.alignment_demo.regime.oracle_accuracy", lambda options: {"drawn": {"colour": 1.0}})
+    monkeypatch.setattr("benchmarks.alignment_demo.regime.sink", lambda network, encoder: {"layer": LAYER})
 
 
-def test_a_run_and_its_tables(small, tmp_path):
-    result = measure(tmp_path / "scores.json", tune=8, report=12, steps=2)
-    (table,) = result["tables"]
-    rows = {row["name"]: row for row in table["reported"]}
-    assert rows["softmax"]["setting"]["lam"] == 0 and rows["control: lambda -1"]["setting"]["lam"] == -1
-    assert TextAttention(**rows["PLADIS, chosen"]["setting"]) in GRID
-    # chosen on the tune split by F1
-    tuned = {json.dumps(row["setting"]): row["f1"][0] for row in table["tuned"]}
-    best = max(tuned[json.dumps(alignment_demo.asdict(setting))] for setting in GRID)
-    assert tuned[json.dumps(rows["PLADIS, chosen"]["setting"])] == best
-    assert rows["softmax"]["recall"][2] == 12 and rows["softmax"]["gain"]["recall"][0] == 0
-    text = markdown(result)
-    assert "few-step student, 1 step" in text and text.count("| control:") == 2
+@pytest.fixture
+def quick_oracle(monkeypatch):
+    """What models drawn at random show takes the oracle long."""
+
+    def read(picture: np.ndarray) -> list[Placed]:
+        colours = list(COLOURS)[: int(picture.astype(int).sum()) % len(COLOURS)]
+        return [Placed(Kind(colour, "circle"), 0.0, 0.0, 6.0) for colour in colours]
+
+    monkeypatch.setattr(pictures, "read", read)
 
 
-def test_a_stopped_run_goes_on(small, tmp_path, monkeypatch):
-    whole = measure(tmp_path / "whole.json", 8, 8, 2)
+@pytest.fixture
+def guesses(monkeypatch):
+    """Made-up scores instead of pictures."""
     made = []
-    make = alignment_demo.Runner._make
 
-    def stop_after_3(self, prompts, setting, name):
-        if len(made) == 3:
+    def draw(self, model, split, way, setting, disturbance):
+        made.append((model.name, split, way, setting, disturbance))
+        luck = np.random.default_rng(abs(hash((model.seed, split, way, setting))) % 2**32).random()
+        prompts = self.captions.prompts[split]
+        rows = [[int(len(p.objects) * luck), len(p.objects), len(p.objects), None] for p in prompts]
+        self.done(len(prompts))
+        return {"scores": rows, "seconds": 0.0}
+
+    monkeypatch.setattr(Drawn, "_draw", draw)
+    return made
+
+
+def drawn(folder: Path, kept: Path, tune: int = 3, report: int = 4) -> Drawn:
+    return Drawn(Captions(tune, report, 7), Store(kept))
+
+
+def run(folder: Path, out: Path, *words: str) -> dict:
+    parser = argparse.ArgumentParser()
+    alignment._demo_arguments(parser)
+    given = ["--trained", str(folder), "--out", str(out), "--tune", "3", "--report", "4", *words]
+    command.run(parser.parse_args(given))
+    return json.loads((out / "tables.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_of_drawn_pictures(folder, tmp_path, small, quick_oracle, capsys, monkeypatch):
+    """One kind of model with two of its seeds, nothing made up."""
+    monkeypatch.setitem(measure.PART_WAYS, "fixed", (NO_GUIDANCE,))
+    monkeypatch.setattr(measure, "DISTURBED_WAYS", (NO_GUIDANCE,))
+    result = run(folder, tmp_path, "--models", "noise15", "--parts", "fixed", "noise")
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.endswith(text)
+    assert list(result["models"]) == ["noise15-0", "noise15-1"] and result["shipped"] == "noise15"
+    rows = result["cells"][NO_GUIDANCE]["noise15"]["arms"]
+    assert list(rows) == list(arms.ARMS) and rows["opposite"]["setting"] == "lambda -1"
+    assert len(rows["softmax"]["figures"]["F1"]["seeds"]) == 2
+    assert len(result["disturbed"]) == 3 * len(measure.DISTURBED_ARMS)
+    order = [text.index(f"### {part}") for part in ("What to set", "The dial", "All arms", "Robustness", "Where")]
+    assert order == sorted(order)
+
+
+def test_what_is_not_there_is_named(folder, tmp_path, small, guesses, capsys):
+    result = run(folder, tmp_path, "--models", "noise15", "noise30", "--parts", "fixed")
+    printed = capsys.readouterr().out
+    skipped = result["skipped"]
+    assert "not trained yet" in skipped["noise30-0"] and "is at step 1 of 2" in skipped["noise15-2"]
+    assert skipped["student-0"] == "left out by --models" and skipped["part tuned"] == "left out by --parts"
+    for name, reason in skipped.items():
+        assert f"- {name}: {reason}" in printed
+    assert "skipped: noise30-0: not trained yet" in printed
+
+
+def test_a_model_whose_chooser_is_missing_is_skipped(folder, tmp_path):
+    for name in ("autoencoder.safetensors", "text_encoder.safetensors", "noise15-1.pt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    models = find(tmp_path, ["all"])
+    assert not models.measured
+    assert models.skipped["noise15-1"] == "its settings are chosen on noise15-0, which is not there"
+    with pytest.raises(ValueError, match="no model is called 'seed9'"):
+        find(folder, ["seed9"])
+
+
+def test_choices_are_made_on_seed_0_and_on_the_captions_to_tune_on(folder, tmp_path, small, guesses):
+    models = find(folder, ["seed1"])
+    measure.measure(drawn(folder, tmp_path), models, ["fixed", "tuned"])
+    assert {name for name, split, *_ in guesses if split == "tune"} == {"noise15-0"}
+    assert {name for name, split, *_ in guesses if split == "report"} == {"noise15-1"}
+    # of each arm one setting is reported, under each way of sampling
+    reported = {(way, setting) for _, split, way, setting, _ in guesses if split == "report"}
+    assert len(reported) <= 3 * len(arms.ARMS)
+
+
+def test_the_highest_f1_on_the_captions_to_tune_on_is_chosen(folder, tmp_path, small, monkeypatch):
+    """By F1, although another setting has the higher recall; and the best pair of setting and CFG."""
+    best, generous = Setting(1.0), Setting(0.5)
+
+    def scores(self, model, split, way, setting, disturbance=pictures.NONE):
+        assert split == "tune"
+        if setting == generous:
+            return [Score(3, 3, 9, None)]
+        return [Score(2 if setting == best and way.cfg == 2.0 else 1, 3, 3, None)]
+
+    monkeypatch.setattr(Drawn, "scores", scores)
+    choice = choose(drawn(folder, tmp_path), Trained(folder, "noise15", 0), TUNED, "PLADIS, chosen")
+    assert (choice.setting, choice.sampling.cfg) == (best, 2.0) and len(choice.tried) == 4
+
+
+@pytest.mark.parametrize(
+    ("shares", "kind"),
+    [
+        ((0.9, 0.8, 0.7), "noise30"),
+        ((0.9, 0.8, 0.5), "noise15"),
+        ((0.59, 0.5, 0.4), "noise00"),
+        ((0.9, 0.87, 0.5), "noise15"),
+    ],
+)
+def test_the_model_that_ships(folder, tmp_path, monkeypatch, shares, kind):
+    models = find(folder, ["all"])
+    for name in ("noise30-0",):
+        models.there[name] = Trained(folder, "noise30", 0)
+    models = type(models)(models.there, (*models.measured, "noise30-0"), models.skipped)
+    of = dict(zip(("noise00", "noise15", "noise30"), shares, strict=True))
+
+    def scores(self, model, split, way, setting, disturbance=pictures.NONE):
+        assert (split, way, setting) == ("tune", Sampling(10, 3.0), SOFTMAX)
+        right = round(100 * of[model.kind])
+        return [Score(1, 1, 1, None)] * right + [Score(0, 1, 1, None)] * (100 - right)
+
+    monkeypatch.setattr(Drawn, "scores", scores)
+    assert shipped(drawn(folder, tmp_path), models)[0] == kind
+
+
+def test_a_stopped_run_goes_on(folder, tmp_path, small, guesses, monkeypatch):
+    whole = run(folder, tmp_path / "whole", "--models", "seed0")
+    everything, make = len(guesses), Drawn._draw
+    assert len(set(guesses)) == everything
+
+    def stop_after_20(self, *cell):
+        if len(guesses) - everything == 20:
             raise KeyboardInterrupt
-        made.append(name)
-        return make(self, prompts, setting, name)
+        return make(self, *cell)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(alignment_demo.Runner, "_make", stop_after_3)
-        measure(tmp_path / "part.json", 8, 8, 2)
-    assert len(json.loads((tmp_path / "part.json").read_text())["cells"]) == 3
-    again = []
-    monkeypatch.setattr(alignment_demo.Runner, "_make", lambda *a: again.append(a[3]) or make(*a))
-    assert measure(tmp_path / "part.json", 8, 8, 2) == whole
-    assert again and not set(again) & set(made)
+        patch.setattr(Drawn, "_draw", stop_after_20)
+        run(folder, tmp_path / "part", "--models", "seed0")
+    assert run(folder, tmp_path / "part", "--models", "seed0") == whole
+    # nothing was made twice
+    assert sorted(map(str, guesses[everything:])) == sorted(map(str, guesses[:everything]))
 
 
-def test_scores_of_another_run_are_never_taken_or_lost(tmp_path):
-    store = Store(tmp_path / "s.json", "one")
-    store.add("cell", [Score(1, 2, 3, None)])
-    assert Store(tmp_path / "s.json", "one").scores("cell") == [Score(1, 2, 3, None)]
-    with pytest.raises(ValueError, match="choose another --out"):
-        Store(tmp_path / "s.json", "other")
-    assert Store(tmp_path / "s.json", "one").scores("cell") == [Score(1, 2, 3, None)]
+def test_the_forecast_counts_what_is_drawn(folder, tmp_path, small, guesses):
+    models, scorer = find(folder, ["noise00"]), drawn(folder, tmp_path)
+    parts = ["fixed"]
+    work = command.forecast(scorer, models, parts)
+    measure.measure(scorer, models, parts)
+    pictures_made = sum(3 if split == "tune" else 4 for _, split, *_ in guesses)
+    # which settings are searched and coincide is left to chance
+    assert work["noise00-0"][1] == pytest.approx(pictures_made, rel=0.2)
+    assert command.forecast(scorer, models, parts) == {}
 
 
-def test_measures():
-    scores = [Score(2, 2, 2, True), Score(1, 2, 3, None), Score(0, 2, 1, False)]
-    np.testing.assert_allclose(values(scores, "recall"), [1, 0.5, 0])
-    np.testing.assert_allclose(values(scores, "complete"), [1, 0, 0])
-    np.testing.assert_allclose(values(scores, "f1"), [1, 0.4, 0])
-    np.testing.assert_allclose(values(scores, "count"), [0, 1, -1])
-    np.testing.assert_allclose(values(scores, "relation"), [1, np.nan, 0])
-    # the relation's mean is of the pictures where it could hold
-    assert Summary(prompts(3)).means(scores)["relation"][::2] == [0.5, 2]
+def test_scores_depend_on_all_that_is_in_their_key(folder, tmp_path, guesses):
+    scorer, model = drawn(folder, tmp_path), Trained(folder, "noise15", 0)
+    cell = (model, "tune", Sampling(1, 1.0), PAPER)
+    others = [
+        (Trained(folder, "noise15", 1), *cell[1:]),
+        (model, "report", *cell[2:]),
+        (*cell[:2], Sampling(2, 1.0), PAPER),
+        (*cell[:3], SOFTMAX),
+        (*cell, Disturbance("queries", 0.5)),
+    ]
+    for each in (cell, *others, cell):
+        scorer.scores(*each)
+    assert len(guesses) == 1 + len(others)
+    for another in (Drawn(Captions(3, 4, 8), Store(tmp_path)), Drawn(scorer.captions, Store(tmp_path), precise=True)):
+        another.scores(*cell)
+    assert len(guesses) == 3 + len(others)
+    # noise of no size is none
+    scorer.scores(*cell, Disturbance("queries", 0.0))
+    assert len(guesses) == 3 + len(others)
 
 
-def prompts(sets: int, each: int = 1) -> list[Prompt]:
-    """`each` captions of every one of so many sets of objects."""
-    kinds = [Kind(colour, shape) for colour in COLOURS for shape in SHAPES]
-    return [Prompt(f"{number} {again}", (kinds[number],)) for number in range(sets) for again in range(each)]
+def test_code_that_means_the_same_keeps_its_scores(tmp_path, monkeypatch):
+    plain = 'def f(x):\n    """Doc."""\n    # why\n    return x + 1\n'
+    assert meaning(plain) == meaning("def f(x):\n  return (x + 1)")
+    assert meaning(plain) != meaning(plain.replace("1", "2"))
+    kept = Store(tmp_path)
+    kept.keep({"model": "m"}, 3)
+    assert kept.get({"model": "m"}) == 3
+    monkeypatch.setattr(store, "code", lambda: "other")
+    assert kept.get({"model": "m"}) is None
 
 
-def test_differences_are_paired():
-    """The same spread in both cancels: the error of a difference is that of the differences."""
-    base = [Score(n % 3, 2, 2, None) for n in range(30)]
-    mean, error, _ = Summary(prompts(30)).differences(base, base)["recall"]
-    assert (mean, error) == (0, 0)
+def test_pictures_depend_on_caption_seed_and_setting_alone(folder):
+    """Not on the other captions, nor on what was drawn before; the noise is the training seed's own."""
+    studio, way = Studio(Trained(folder, "noise15", 0), precise=True), Sampling(2, 2.0)
+    captions = ["a red circle", "a blue square and a green bar"]
+    both = studio.draw(captions, way, PAPER)
+    studio.draw(captions, way, SOFTMAX)
+    (alone,) = studio.draw(captions[1:], way, PAPER)
+    assert np.abs(both[1].astype(int) - alone.astype(int)).max() <= 1
+    assert not torch.equal(starting_noise(captions[0], 0), starting_noise(captions[0], 1))
+    assert not torch.equal(starting_noise(captions[0], 0), starting_noise(captions[1], 0))
 
 
-def test_errors_are_the_usual_ones_where_no_captions_share_their_objects():
-    scores = [Score(n % 3, 2, 2, None) for n in range(30)]
-    recalls = values(scores, "recall")
-    mean, error, count = Summary(prompts(30)).means(scores)["recall"]
-    assert (mean, count) == (pytest.approx(recalls.mean()), 30)
-    assert error == pytest.approx(recalls.std(ddof=1) / 30**0.5)
+def test_noise_on_text_states_is_on_the_words_alone():
+    text = torch.randn(2, 77, 96) * torch.tensor([1.0, 3.0])[:, None, None]
+    noisy = pictures.disturbed(text, ["one", "two"], [40, 5], 0.5, seed=0)
+    difference = noisy - text
+    for row, words in enumerate((40, 5)):
+        assert not difference[row, 0].any() and not difference[row, words + 1 :].any()
+        size = difference[row, 1 : words + 1].square().mean() / text[row, 1 : words + 1].square().mean()
+        assert size.sqrt() == pytest.approx(0.5, rel=0.1)
+    assert torch.equal(noisy, pictures.disturbed(text, ["one", "two"], [40, 5], 0.5, seed=0))
 
 
-def test_captions_that_only_repeat_others_do_not_shrink_the_error():
-    once = [Score(n % 3, 2, 2, None) for n in range(10)]
-    alone = Summary(prompts(10)).means(once)["recall"]
-    repeated = Summary(prompts(10, each=4)).means([score for score in once for _ in range(4)])["recall"]
-    assert repeated[:2] == pytest.approx(alone[:2])
+def test_a_difference_is_bold_and_the_rest_is_not():
+    figure = {"mean": 0.1, "error": 0.04, "difference": True}
+    assert tables.show(figure) == "**+0.100 ± 0.040**"
+    assert tables.show({**figure, "difference": False}) == "+0.100 ± 0.040"
+    assert tables.show({**figure, "mean": None}) == "-"
 
 
-def test_the_grid_holds_what_the_page_promises():
-    assert {s.alpha for s in alignment_demo.GRID} >= {1.5, 2.0}
-    assert {s.layers for s in alignment_demo.GRID} == {"all", "down + up"}
-    assert PAPER in alignment_demo.GRID and OPPOSITE not in alignment_demo.GRID and SOFTMAX not in alignment_demo.GRID
-    # the control has the same choice of layers
-    assert {s.layers for s in TEMPERATURES} == {"all", "down + up"}
-    names = [str(sampling) for sampling in alignment_demo.samplings(20)]
-    assert names[:3] == ["CFG 1", "CFG 3", "CFG 5"] and names[5] == "few-step student, 4 steps"
+def test_the_forecast_leaves_scores_that_are_there(folder, tmp_path, guesses):
+    scorer, model = drawn(folder, tmp_path), Trained(folder, "noise15", 0)
+    real = scorer.scores(model, "tune", Sampling(1, 1.0), SOFTMAX)
+    guess = Forecast(scorer)
+    assert guess.scores(model, "tune", Sampling(1, 1.0), SOFTMAX) == real and not guess.work
+    guess.scores(model, "tune", Sampling(2, 3.0), SOFTMAX)
+    guess.scores(model, "tune", Sampling(2, 3.0), SOFTMAX)
+    assert guess.work == {"noise15-0": [12, 3]}
+
+
+def test_the_costs_of_a_unit_are_measured(folder, tmp_path, quick_oracle):
+    evaluation, picture = scorers.unit_costs(drawn(folder, tmp_path), Trained(folder, "noise15", 0), count=3)
+    assert 0 <= evaluation < 10 and 0 < picture < 10

@@ -1,0 +1,82 @@
+"""`python -m benchmarks.alignment demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from . import PARTS
+from .choices import shipped
+from .measure import measure
+from .models import Models, find
+from .regime import figures
+from .results import results
+from .scorers import Captions, Drawn, Forecast, unit_costs
+from .store import Store
+from .tables import markdown
+
+
+def run(args: argparse.Namespace) -> None:
+    if min(args.tune, args.report) < 2:
+        raise ValueError("--tune and --report must be at least 2")
+    models = find(args.trained, args.models)
+    for name, reason in models.skipped.items():
+        print(f"skipped: {name}: {reason}", flush=True)
+    if not models.measured:
+        raise ValueError(f"none of the models is in {args.trained}: train them with python -m demo.train")
+    drawn = Drawn(Captions(args.tune, args.report, args.caption_seed), Store(args.out / "scores"), args.precise)
+    work = forecast(drawn, models, args.parts)
+    if work:
+        _print_forecast(work, *unit_costs(drawn, models.there[models.measured[0]]))
+    if not args.forecast:
+        with tqdm(total=sum(pictures for _, pictures in work.values()), unit="picture", mininterval=10) as bar:
+            drawn.done = bar.update
+            result = tabulate(drawn, models, args.parts)
+        write(args.out, result)
+
+
+def forecast(drawn: Drawn, models: Models, parts: Sequence[str]) -> dict[str, list[int]]:
+    """Network evaluations and pictures that are still to come, for each model."""
+    guess = Forecast(drawn)
+    measure(guess, models, parts)
+    shipped(guess, models)
+    return guess.work
+
+
+def _print_forecast(work: dict[str, list[int]], evaluation: float, picture: float) -> None:
+    """evaluation, picture: CPU seconds of one."""
+    print(f"one network evaluation takes {1000 * evaluation:.1f} ms, decoding and reading a picture "
+          f"{1000 * picture:.1f} ms of CPU time; still to come, about:")  # fmt: skip
+    minutes = {name: (count * evaluation + pictures * picture) / 60 for name, (count, pictures) in work.items()}
+    for name, number in minutes.items():
+        count, pictures = work[name]
+        print(f"  {name}: {number:.0f} CPU minutes ({pictures} pictures, {count} evaluations)")
+    print(f"  altogether {sum(minutes.values()):.0f} CPU minutes", flush=True)
+
+
+def tabulate(drawn: Drawn, models: Models, parts: Sequence[str]) -> dict[str, Any]:
+    """All that was asked for, measured, as plain data."""
+    captions = drawn.captions
+    measured = measure(drawn, models, parts)
+    kind, shares = shipped(drawn, models)
+    skipped = {f"part {part}": "left out by --parts" for part in PARTS if part not in parts}
+    return {
+        "captions": {**{split: len(p) for split, p in captions.prompts.items()}, "seed": captions.seed},
+        "models": {name: models.there[name].digest for name in models.measured},
+        "skipped": {**models.skipped, **skipped},
+        "shipped": kind, "all objects at CFG 3 on the captions to tune on": shares,
+        **results(measured), **figures(models, drawn.store),
+    }  # fmt: skip
+
+
+def write(folder: Path, result: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tables.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = markdown(result)
+    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    print(text)

@@ -1,0 +1,180 @@
+"""The tables of the evidence page, from plain data, in the order of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .errors import MEASURES, SEEDS
+from .models import SHARES, SINK, STUDENT
+from .regime import LITTLE, PARTS, needs_variant
+
+JUDGED = ("all objects", "F1")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    parts = [_head(result), _advice(result), _dial(result), _arms(result), _disturbed(result), _mass(result)]
+    return "\n\n".join([part for part in parts if part] + [_oracle(result), _missing(result)]).strip()
+
+
+def show(figure: dict[str, Any], sign: bool = True) -> str:
+    """Bold: a difference by the plan's rule."""
+    if figure["mean"] is None:
+        return "-"
+    text = f"{figure['mean']:{'+' if sign else ''}.3f} ± {figure['error']:.3f}"
+    return f"**{text}**" if sign and figure["difference"] else text
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def named(kind: str) -> str:
+    if kind in SHARES:
+        return f"{SHARES[kind]:.0%} mistakes".replace("%", " %")
+    return {SINK: "start token made a sink", STUDENT: "few-step student"}[kind]
+
+
+def _head(result: dict[str, Any]) -> str:
+    captions = result["captions"]
+    return (
+        f"{captions['report']} captions to report on, {captions['tune']} others to choose on, caption seed "
+        f"{captions['seed']}. ± is the larger of the errors over training seeds and over captions. **Bold**: a "
+        f"difference by the plan's rule (at least twice its error, the same sign for all {SEEDS} seeds); all else is "
+        "*no difference found*, and with fewer seeds nothing is bold."
+    )
+
+
+def _advice(result: dict[str, Any]) -> str:
+    """One table to act on."""
+    rows = []
+    for way, kinds in result["cells"].items():
+        kind = STUDENT if STUDENT in kinds else result["shipped"]
+        if kind in kinds:
+            rows.append([way, *_advised(kinds[kind])])
+    head = ("sampling", "set", "all objects with softmax", "gain in all objects", "gain in F1", "not found worse than it", "seeds")
+    shares = result["all objects at CFG 3 on the captions to tune on"]
+    which = f"({named(result['shipped'])}" if result["shipped"] else ""
+    which += f", of the {len(shares)} shares of mistakes that are there)" if len(shares) < len(SHARES) else ")"
+    about = f"For the model that ships {which}:\n\n" if result["shipped"] else ""
+    return f"### What to set\n\n{about}{table(head, rows)}" if rows else ""
+
+
+def _advised(cell: dict[str, Any]) -> list[str]:
+    row, softmax = cell["arms"][cell["advised"]], cell["arms"]["softmax"]
+    gains = [show(row["over softmax"][measure]) for measure in JUDGED]
+    seeds = len(row["figures"]["F1"]["seeds"])
+    well = ", ".join(f"{arm} ({setting(cell['arms'][arm])})" for arm in cell["as well"]) or "nothing else"
+    well = well if seeds >= SEEDS else f"not said with fewer than {SEEDS} seeds"
+    return [setting(row), show(softmax["figures"]["all objects"], sign=False), *gains, well, str(seeds)]
+
+
+def setting(row: dict[str, Any]) -> str:
+    guidance = f", CFG {row['cfg']:g}" if row["cfg"] != 1 else ""
+    return f"{row['setting']}{guidance}"
+
+
+def _dial(result: dict[str, Any]) -> str:
+    parts = [
+        f"#### {way}, {measure}\n\n{_dial_table(arms)}"
+        for way, measures in result["dial"].items()
+        for measure, arms in measures.items()
+    ]
+    about = (
+        "Gain over softmax, for each share of mistakes in the captions of training; its rise from one share to the "
+        "next; and what the arm gains beyond the temperature."
+    )
+    return "\n\n".join(["### The dial", about, *parts]) if parts else ""
+
+
+def _dial_table(arms: dict[str, Any]) -> str:
+    first = next(iter(arms.values()))
+    head = ["arm", *(named(kind) for kind in first["gain"]), *(f"rise, {_span(span)}" for span in first["rise"])]
+    head += [f"beyond temperature, {named(kind)}" for kind in first["gain"]]
+    rows = [
+        [arm, *(show(figure) for part in ("gain", "rise", "beyond temperature") for figure in row[part].values())]
+        for arm, row in arms.items()
+    ]
+    return table(head, rows)
+
+
+def _span(span: str) -> str:
+    low, high = (SHARES[kind] for kind in span.split(" to "))
+    return f"{low * 100:.0f} to {high:.0%}".replace("%", " %")
+
+
+def _arms(result: dict[str, Any]) -> str:
+    """Every arm on every kind of model, under each way of sampling."""
+    parts = [
+        f"#### {named(kind)}, {way}\n\n{_arms_table(cell['arms'])}"
+        for way, kinds in result["cells"].items()
+        for kind, cell in kinds.items()
+    ]
+    return "\n\n".join(["### All arms", *parts]) if parts else ""
+
+
+def _arms_table(arms: dict[str, Any]) -> str:
+    gains = [f"{measure} - softmax's" for measure in JUDGED] + ["F1 - temperature's", "F1 - chosen PLADIS'"]
+    rows = [
+        [
+            arm, setting(row), *(show(row["figures"][measure], sign=False) for measure in MEASURES),
+            *(show(row["over softmax"][measure]) if arm != "softmax" else "" for measure in JUDGED),
+            show(row["over temperature"]["F1"]) if arm != "temperature" else "",
+            show(row["over chosen"]["F1"]) if arm != "PLADIS, chosen" else "",
+        ]
+        for arm, row in arms.items()
+    ]  # fmt: skip
+    return table(["arm", "setting", *MEASURES, *gains], rows)
+
+
+def _disturbed(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            named(row["kind"]), row["way"], f"{row['level']:g}, {row['where']}" if row["level"] else "none", row["arm"],
+            show(row["figures"]["all objects"], sign=False), show(row["figures"]["F1"], sign=False), *_gains(row),
+        ]
+        for row in result["disturbed"]
+    ]  # fmt: skip
+    head = ("model", "sampling", "noise", "arm", *JUDGED, *(f"{m} - softmax's" for m in JUDGED),
+            *(f"{m}: that, more than without noise" for m in JUDGED))  # fmt: skip
+    return f"### Robustness to noise\n\n{table(head, rows)}" if rows else ""
+
+
+def _gains(row: dict[str, Any]) -> Iterator[str]:
+    for part in ("over softmax", "more than without noise"):
+        yield from (show(row[part][measure]) if row["arm"] != "softmax" else "" for measure in JUDGED)
+
+
+def _mass(result: dict[str, Any]) -> str:
+    rows = [
+        [named(kind), layer.removesuffix(".processor"), *(f"{mean:.3f} ± {spread:.3f}" for mean, spread in
+                                                           (parts[part] for part in PARTS))]
+        for kind, layers in result["mass"].items()
+        for layer, parts in layers.items()
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    needed = needs_variant(result["mass"])
+    verdict = "is below" if needed else "is not below"
+    about = (
+        "Mean over training seeds, ± their standard deviation (0 where there is one). The start token's mass "
+        f"{verdict} {LITTLE} in every layer of the dial's models: the variant with a sink is "
+        f"{'needed' if needed else 'not needed'}."
+    )
+    return f"### Where the text attention's mass goes\n\n{about}\n\n{table(('model', 'layer', *PARTS), rows)}"
+
+
+def _oracle(result: dict[str, Any]) -> str:
+    if not result.get("oracle"):
+        return ""
+    lines = [f"{where}: " + ", ".join(f"{name} {1 - share if name != 'extra' else share:.3f}" for name, share in
+                                      shares.items()) for where, shares in result["oracle"].items()]  # fmt: skip
+    return "The oracle's errors: " + "; ".join(lines) + ". They must be at most .02."
+
+
+def _missing(result: dict[str, Any]) -> str:
+    """What is not in these tables."""
+    lines = [f"- {name}: {reason}" for name, reason in result["skipped"].items()]
+    return "\n".join(["### Not measured", "", *lines]) if lines else ""
