@@ -54,7 +54,8 @@ def _advice(result: dict[str, Any]) -> str:
         kind = STUDENT if STUDENT in kinds else result["shipped"]
         if kind in kinds:
             rows.append([way, *_advised(kinds[kind])])
-    head = ("sampling", "set", "all objects with softmax", "gain in all objects", "gain in F1", "not found worse than it", "seeds")
+    head = ("sampling", "set", "all objects with softmax", "gain in all objects", "gain in F1", "not found worse than it",
+            "seeds")  # fmt: skip
     shares = result["all objects at CFG 3 on the captions to tune on"]
     which = f"({named(result['shipped'])}" if result["shipped"] else ""
     which += f", of the {len(shares)} shares of mistakes that are there)" if len(shares) < len(SHARES) else ")"
@@ -119,7 +120,9 @@ def _arms_table(arms: dict[str, Any]) -> str:
     gains = [f"{measure} - softmax's" for measure in JUDGED] + ["F1 - temperature's", "F1 - chosen PLADIS'"]
     rows = [
         [
-            arm, setting(row), *(show(row["figures"][measure], sign=False) for measure in MEASURES),
+            arm,
+            setting(row),
+            *(show(row["figures"][measure], sign=False) for measure in MEASURES),
             *(show(row["over softmax"][measure]) if arm != "softmax" else "" for measure in JUDGED),
             show(row["over temperature"]["F1"]) if arm != "temperature" else "",
             show(row["over chosen"]["F1"]) if arm != "PLADIS, chosen" else "",
