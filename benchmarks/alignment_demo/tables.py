@@ -54,8 +54,8 @@ def _advice(result: dict[str, Any]) -> str:
         kind = STUDENT if STUDENT in kinds else result["shipped"]
         if kind in kinds:
             rows.append([way, *_advised(kinds[kind])])
-    head = ("sampling", "set", "all objects with softmax", "gain in all objects", "gain in F1", "not found worse than it",
-            "seeds")  # fmt: skip
+    gains = [f"gain in {measure}" for measure in JUDGED]
+    head = ("sampling", "set", "all objects with softmax", *gains, "not found worse than it", "seeds")
     shares = result["all objects at CFG 3 on the captions to tune on"]
     which = f"({named(result['shipped'])}" if result["shipped"] else ""
     which += f", of the {len(shares)} shares of mistakes that are there)" if len(shares) < len(SHARES) else ")"
