@@ -10,6 +10,7 @@ starts from the same noise. Writes a labelled picture and prints what the oracle
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ LAMBDAS = (0.0, 0.5, 1.0, 2.0)
 TEMPERATURE = 1.5
 # of captions and noise
 SEED = 1
+# to be read on a phone: letters of 20 pixels, pictures of 192 or more
+DPI, TEXT = 140, 10.5
 
 
 @dataclass(frozen=True)
@@ -140,19 +143,19 @@ def _verdict(prompt: Prompt, objects: Sequence[Placed]) -> str:
 def _draw(blocks: Sequence[Block], prompts: Sequence[Prompt], labels: Sequence[str], out: Path) -> None:
     """One part for each way of sampling: a line for each caption, a column for each setting."""
     lines, columns = len(prompts), len(labels)
-    figure = plt.figure(figsize=(1.6 * columns, (2.05 * lines + 0.4) * len(blocks)), layout="constrained")
+    figure = plt.figure(figsize=(1.9 * columns, (2.75 * lines + 0.5) * len(blocks)), layout="constrained")
     parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
     for part, block in zip(parts, blocks, strict=True):
-        part.suptitle(str(block.way), fontsize=12, fontweight="bold")
+        part.suptitle(str(block.way), fontsize=14, fontweight="bold")
         for line, prompt in zip(part.subfigures(lines, 1, squeeze=False)[:, 0], prompts, strict=True):
-            line.suptitle(prompt.text, fontsize=8)
+            line.suptitle(textwrap.fill(prompt.text, 22 * columns), fontsize=TEXT)
         for number, line in enumerate(part.subfigs):
             for column, axis in enumerate(line.subplots(1, columns, squeeze=False)[0]):
                 axis.imshow(block.pictures[number][column])
                 axis.set(xticks=[], yticks=[])
-                axis.set_title(labels[column], fontsize=8)
-                axis.set_xlabel(_verdict(prompts[number], block.seen[number][column]), fontsize=8, labelpad=2)
-    figure.savefig(out, dpi=140)
+                axis.set_title(labels[column], fontsize=TEXT)
+                axis.set_xlabel(_verdict(prompts[number], block.seen[number][column]), fontsize=TEXT, labelpad=2)
+    figure.savefig(out, dpi=DPI)
     plt.close(figure)
 
 
