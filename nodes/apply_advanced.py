@@ -105,9 +105,9 @@ class PLADISApplyAdvanced(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Which tokens are mixed; the others keep their softmax weight. all: as in the paper. "
-                    "without start token: where it takes most of the attention, as in SD and SDXL, words are otherwise "
-                    "pruned against it. words only: without start token, end token and padding. The report of PLADIS "
-                    "Attention Map says where a model looks.",
+                    "without start token: where it takes most of the attention, words are otherwise pruned against "
+                    "it. words only: without start token, end token and padding. The report of PLADIS Attention Map "
+                    "says where a model looks.",
                 ),
                 io.Clip.Input(
                     "clip",
