@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
-from functools import cache
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ __all__ = ["PladisHandle", "apply_pladis"]
 # where a pipeline keeps its networks; Wan 2.2 has two
 NETWORKS = ("unet", "transformer", "transformer_2")
 _handles: WeakKeyDictionary[nn.Module, PladisHandle] = WeakKeyDictionary()
-# what runs in a thread: the joint row of its model call, the modules that it entered
+# of a thread: the joint rows of its last call of every network
 _running = threading.local()
 
 
@@ -81,37 +82,33 @@ class PladisHandle:
 
     def __init__(self, settings: Settings, chosen: list[tuple[nn.Module, Family, dict[str, nn.Module]]]):
         self._settings = settings
-        self._hooks = []
+        self._undo = []
         self.layers = [path for _, _, modules in chosen for path in modules]
         for network, family, modules in chosen:
             _handles[network] = self
             if family.kind == JOINT:
-                self._hook(network, self._enter_network(family), _leave_network)
+                self._undo += [_change_class(network), _note_rows(network, family)]
             for path, module in modules.items():
-                self._hook(module, self._enter(family, path), _leave)
+                self._undo.append(_change_class(module, __call__=self._text_attention(network, family, path)))
 
-    def _hook(self, module: nn.Module, enter, leave) -> None:
-        self._hooks += [
-            module.register_forward_pre_hook(torch.compiler.disable(enter), with_kwargs=True),
-            module.register_forward_hook(torch.compiler.disable(leave), always_call=True),
-        ]
+    def _text_attention(self, network: nn.Module, family: Family, path: str) -> Callable[..., Any]:
+        """What a text module does when it is called. Compiled code calls it and goes on behind it."""
+        network = ref(network)
 
-    def _enter_network(self, family: Family):
-        def enter(network, args, kwargs):
-            _running.row = family.row(network, _signature(type(network)).bind(network, *args, **kwargs).arguments)
-
-        return enter
-
-    def _enter(self, family: Family, path: str):
-        def enter(module, args, kwargs):
+        @torch.compiler.disable
+        def call(module, *args, **kwargs):
+            plain = partial(nn.Module.__call__, module, *args, **kwargs)
             if not self._settings.lam:
-                return
+                return plain()
             _check_processor(family, module, path)
-            mode = TextAttention(self._settings, _current_row(path) if family.row else None, _text_call(module))
-            mode.__enter__()
-            _entered().append((module, path, mode))
+            row = _current_row(network(), path) if family.row else None
+            with TextAttention(self._settings, row, _text_call(module)) as mode:
+                out = plain()
+            if not mode.reached:
+                raise RuntimeError(_unreached(module, path, mode))
+            return out
 
-        return enter
+        return call
 
     @property
     def lam(self) -> float:
@@ -139,9 +136,9 @@ class PladisHandle:
 
     def remove(self) -> None:
         """The networks are as they were; a second time, nothing happens."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
         for network in [network for network, handle in _handles.items() if handle is self]:
             del _handles[network]
 
@@ -208,13 +205,41 @@ WAY_BACK = (
 )
 
 
-@cache
-def _signature(network: type) -> inspect.Signature:
-    return inspect.signature(network.forward)
+def _change_class(module: nn.Module, **methods: Callable[..., Any]) -> Callable[[], None]:
+    """Gives this one module a class derived from its own, as torch's parametrizations do; returns what undoes it.
+
+    Code that torch.compile made before is not used for a module of another class: it would go on without PLADIS.
+    """
+    own = type(module)
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    module.__class__ = derived = type(own.__name__, (own,), {**names, **methods})
+
+    def undo() -> None:
+        if type(module) is derived:
+            module.__class__ = own
+
+    return undo
 
 
-def _current_row(path: str) -> Row:
-    row = getattr(_running, "row", None)
+def _note_rows(network: nn.Module, family: Family) -> Callable[[], None]:
+    """Before every call of the network, what its joint rows are made of; returns what undoes it."""
+    signature = inspect.signature(network.forward)
+
+    @torch.compiler.disable
+    def note(network, args, kwargs):
+        _rows()[network] = family.row(network, signature.bind(*args, **kwargs).arguments)
+
+    return network.register_forward_pre_hook(note, with_kwargs=True).remove
+
+
+def _rows() -> WeakKeyDictionary[nn.Module, Row]:
+    if not hasattr(_running, "rows"):
+        _running.rows = WeakKeyDictionary()
+    return _running.rows
+
+
+def _current_row(network: nn.Module, path: str) -> Row:
+    row = _rows().get(network)
     if row is None:
         raise RuntimeError(f"PLADIS: {path} runs outside its network's forward, so which tokens are text is unknown")
     return row
@@ -223,27 +248,6 @@ def _current_row(path: str) -> Row:
 def _text_call(module: nn.Module) -> int:
     """Wan attends to the picture that a video begins with, where it has one, before the text."""
     return int(type(module).__name__ == "WanAttention" and getattr(module, "add_k_proj", None) is not None)
-
-
-def _entered() -> list[tuple[nn.Module, str, TextAttention]]:
-    if not hasattr(_running, "entered"):
-        _running.entered = []
-    return _running.entered
-
-
-def _leave_network(network, args, output) -> None:
-    _running.row = None
-
-
-def _leave(module, args, output) -> None:
-    """Also after an error, with None as the output, and where the module was not entered."""
-    entered = _entered()
-    if not entered or entered[-1][0] is not module:
-        return
-    _, path, mode = entered.pop()
-    mode.__exit__(None, None, None)
-    if output is not None and not mode.reached:
-        raise RuntimeError(_unreached(module, path, mode))
 
 
 def _unreached(module: nn.Module, path: str, mode: TextAttention) -> str:

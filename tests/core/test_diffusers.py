@@ -283,3 +283,96 @@ def test_a_gradient_goes_through():
     with apply_pladis(model):
         model(**inputs, return_dict=False)[0].square().sum().backward()
     assert inputs["encoder_hidden_states"].grad.abs().sum() > 0
+
+
+def test_a_compiled_network_is_not_left_behind():
+    """Compiled code does not look at hooks: PLADIS must be seen by what was compiled before, too."""
+    model, inputs = network("Flux"), CASES["Flux"].inputs(1)
+    dense = run(model, inputs)
+    with apply_pladis(model):
+        expected = run(model, inputs)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(run(compiled, inputs), dense)
+    with apply_pladis(model) as handle:
+        torch.testing.assert_close(run(compiled, inputs), expected)
+        handle.lam = 0.0
+        torch.testing.assert_close(run(compiled, inputs), dense)
+    torch.testing.assert_close(run(compiled, inputs), dense)
+    with apply_pladis(compiled) as handle:
+        assert len(handle.layers) == 3
+
+
+def sdxl_pipeline():
+    import diffusers
+
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        vae=vae, unet=network("SDXL"), scheduler=diffusers.EulerDiscreteScheduler(), **parts
+    )
+    pooled = {f"{sign}pooled_prompt_embeds": torch.randn(1, 12) for sign in ("", "negative_")}
+    return pipeline, {**pooled, **{f"{sign}prompt_embeds": torch.randn(1, TEXT, 12) for sign in ("", "negative_")}}
+
+
+def flux_pipeline():
+    import diffusers
+
+    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipeline = diffusers.FluxPipeline(
+        transformer=network("Flux"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **parts
+    )
+    prompt = {"prompt_embeds": torch.randn(1, TEXT, 12), "pooled_prompt_embeds": torch.randn(1, 8)}
+    return pipeline, {**prompt, "height": 64, "width": 64}
+
+
+def sana_pipeline():
+    import diffusers
+
+    scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipeline = diffusers.SanaPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=network("SANA"), scheduler=scheduler
+    )
+    mask = torch.tensor([[1] * 4 + [0] * 3])
+    masks = {f"{sign}prompt_attention_mask": mask for sign in ("", "negative_")}
+    prompts = {f"{sign}prompt_embeds": torch.randn(1, TEXT, 12) for sign in ("", "negative_")}
+    return pipeline, {**masks, **prompts, "negative_prompt": None, "use_resolution_binning": False,
+                      "height": 256, "width": 256}  # fmt: skip
+
+
+def wan_pipeline():
+    import diffusers
+
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipeline = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, boundary_ratio=0.5,
+        transformer=network("Wan"), transformer_2=network("Wan"),
+    )  # fmt: skip
+    prompts = {f"{sign}prompt_embeds": torch.randn(1, TEXT, 12) for sign in ("", "negative_")}
+    return pipeline, {**prompts, "height": 64, "width": 64, "num_frames": 5}
+
+
+@pytest.mark.parametrize("made", (sdxl_pipeline, flux_pipeline, sana_pipeline, wan_pipeline))
+def test_in_a_pipeline_and_a_callback_turns_it_off(made):
+    pipeline, inputs = made()
+    pipeline.set_progress_bar_config(disable=True)
+    lams = []
+
+    def generate(**options):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(
+            **inputs, **options, num_inference_steps=3, output_type="latent", generator=generator, return_dict=False
+        )[0]
+
+    def turn_off(pipeline, step, timestep, tensors):
+        lams.append(handle.lam)
+        handle.lam = 0.0 if step else handle.lam
+        return tensors
+
+    dense = generate()
+    with apply_pladis(pipeline) as handle:
+        whole = generate()
+        two_steps = generate(callback_on_step_end=turn_off)
+        assert torch.equal(generate(), dense)
+    assert lams == [2.0, 2.0, 0.0]
+    assert not torch.equal(whole, dense) and not torch.equal(two_steps, dense) and not torch.equal(whole, two_steps)
+    assert torch.equal(generate(), dense)
