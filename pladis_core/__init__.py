@@ -1,7 +1,15 @@
 """PLADIS (arXiv 2503.07677): text cross-attention extrapolated from softmax towards alpha-entmax.
 
-Host-independent mathematics. It imports torch, and `entmax` only when the reference backend runs.
+Host-independent mathematics. It imports torch, and `entmax` only when the reference backend runs. In models of
+diffusers: `pladis_core.diffusers`, which is imported by that name alone.
 """
+
+from importlib.util import find_spec
+
+if find_spec("torch") is None:
+    raise ImportError(
+        'pladis_core needs PyTorch: pip install "pladis-comfy[torch]", or "pladis-comfy[diffusers]", which brings it'
+    )
 
 from .api import BACKENDS, entmax, pladis_attention, pladis_correction, pladis_weights
 from .cap import add_capped

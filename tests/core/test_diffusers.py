@@ -10,8 +10,8 @@ from torch.nn import functional
 
 pytest.importorskip("diffusers")
 import entmax as entmax_package  # noqa: E402
-from diffusers_models import CASES, IMAGE, TEXT, network, of_flux, places, unet  # noqa: E402
 
+from diffusers_models import CASES, IMAGE, TEXT, network, of_flux, places, unet  # noqa: E402
 from pladis_core.diffusers import apply_pladis  # noqa: E402
 
 DENSE = functional.scaled_dot_product_attention
@@ -165,6 +165,21 @@ def test_an_ip_adapters_pictures_stay_as_they_are(monkeypatch):
         patch.setattr(functional, "scaled_dot_product_attention", attention)
         expected = run(model, inputs)
     assert attention.texts == 4 and attention.seen == 8 and texts.shape[1] == TEXT
+    with apply_pladis(model):
+        torch.testing.assert_close(run(model, inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_perturbed_attention_guidance_keeps_its_processors(monkeypatch):
+    """Both its ordinary and its perturbed rows, which have a mask, hold text."""
+    from diffusers.models.attention_processor import PAGJointAttnProcessor2_0
+
+    model, inputs = network("SD3"), CASES["SD3"].inputs(2)
+    ordinary = model.attn_processors
+    model.set_attn_processor(
+        {path: PAGJointAttnProcessor2_0() if ".attn." in path else own for path, own in ordinary.items()}
+    )
+    expected, texts = by_hand(monkeypatch, model, inputs, CASES["SD3"].row)
+    assert texts == 4
     with apply_pladis(model):
         torch.testing.assert_close(run(model, inputs), expected, atol=1e-4, rtol=1e-4)
 
