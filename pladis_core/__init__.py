@@ -11,12 +11,12 @@ if find_spec("torch") is None:
         'pladis_core needs PyTorch: pip install "pladis-comfy[torch]", or "pladis-comfy[diffusers]", which brings it'
     )
 
-from .api import BACKENDS, entmax, pladis_attention, pladis_correction, pladis_weights
+from .api import BACKENDS, entmax, pladis_attention, pladis_correction, pladis_weights, prepare
 from .cap import add_capped
 from .joint import attention_with_lse, joint_correction, log_sum_exp
 from .maps import KINDS, LayerReport, attention_maps
 
 __all__ = [
     "BACKENDS", "KINDS", "LayerReport", "add_capped", "attention_maps", "attention_with_lse", "entmax",
-    "joint_correction", "log_sum_exp", "pladis_attention", "pladis_correction", "pladis_weights",
+    "joint_correction", "log_sum_exp", "pladis_attention", "pladis_correction", "pladis_weights", "prepare",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError('pladis_core.diffusers needs diffusers: pip install "pladis-comfy[diffusers]"') from error
 
-from ..api import _check_mix
+from ..api import _check_mix, prepare
 from .attention import Settings, TextAttention
 from .families import BY_CLASS, JOINT, Family, Row, chosen_layers, family_of, knows_processor, text_modules
 
@@ -74,6 +74,8 @@ def apply_pladis(
                 f"PLADIS is on this {type(network).__name__} already: set .lam of its handle, or .remove() it first"
             )
         chosen.append((network, *_layers_of(network, layers)))
+    if not torch.cuda.is_available():
+        prepare(next(networks[0].parameters()).device)
     return PladisHandle(settings, chosen)
 
 

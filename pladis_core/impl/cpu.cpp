@@ -122,6 +122,13 @@ static inline vec raised(vec w, float power) {
     return (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
+// lanes of a and b, counted through both, by constants
+#if defined(__clang__)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
+#endif
+
 struct sums {
     vec a, b;
 };
@@ -145,12 +152,11 @@ static auto sum_of(int64_t first, int64_t end, Term term) -> decltype(term(first
 // one step of a transposition of LANES vectors: the off-diagonal blocks of H x H change places
 template <int H, int... L>
 static inline void exchange(vec *rows, std::integer_sequence<int, L...>) {
-    const ivec low = {(L & H ? L - H + LANES : L)...}, high = {(L & H ? L + LANES : L + H)...};
     for (int i = 0; i < LANES; i++) {
         if (i & H) continue;
         vec a = rows[i], b = rows[i + H];
-        rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + H] = __builtin_shuffle(a, b, high);
+        rows[i] = SHUFFLED(a, b, (L & H ? L - H + LANES : L)...);
+        rows[i + H] = SHUFFLED(a, b, (L & H ? L + LANES : L + H)...);
     }
 }
 template <int H>
