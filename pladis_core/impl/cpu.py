@@ -199,7 +199,7 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     block = loop.pladis_columns()
     query_rows = query.detach().float()
     query_rows = query_rows if query_rows.stride(-1) == 1 else query_rows.contiguous()
-    unit, gain = (t.contiguous() for t in unit_keys(key.detach().float(), scale))
+    unit, gain = (t.contiguous() for t in unit_keys(key.detach().float(), scale, mask))
     values = bounded_value(value.detach().float(), dense, sparse)
     values = torch.nn.functional.pad(values, (0, -value_width % block))
     columns = values.shape[-1]

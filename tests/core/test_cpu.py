@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from test_attention import definition
-from test_entmax import ALPHAS, cliffs, clusters, hard_scores, oracle
+from test_entmax import ALPHAS, cliffs, clusters, edges, hard_scores, oracle
 
 from pladis_core import pladis_attention, prepare
 from pladis_core.impl import cpu
@@ -56,6 +56,13 @@ def test_a_cluster_where_entmax_prunes(alpha, keys):
     """A last step is not solved more finely than to two roundings, which every key may err by."""
     scores = cliffs(alpha, keys)
     assert (weights_of(scores, alpha) - oracle(scores, alpha)).abs().max() <= 2 * keys * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("keys", (40, 77, 300))
+@pytest.mark.parametrize("peaks", (1, 2, 5, 17))
+def test_ties_at_the_edge_of_sparsemax_come_in_by_no_more_than_their_weight(peaks, keys):
+    scores = edges(keys, peaks)
+    assert (weights_of(scores, 2.0) - oracle(scores, 2.0)).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("alpha", (1.36, 1.4, 1.45, 1.49))
