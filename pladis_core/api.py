@@ -157,6 +157,12 @@ def pladis_correction(
     return _attend(query, key, value, attn_mask, mix_mask, scale, alpha, -lam, lam, mass, row_lse, enable_gqa, backend)
 
 
+def prepare(device: torch.device | str) -> None:
+    """Makes ready what attention on `device` needs, so that a first step does not wait: on a CPU, its compiled loop."""
+    if torch.device(device).type == "cpu":
+        cpu.compiled_loop()
+
+
 def _attend(
     query, key, value, attn_mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse, enable_gqa, backend
 ) -> torch.Tensor:

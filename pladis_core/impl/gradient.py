@@ -121,7 +121,7 @@ def _add_chunk(totals, inputs, rows, grad, dtype, mixed, options) -> None:
 
 def _formula(query, key, value, mask, mass, row_lse, mixed, scale, alpha, dense, sparse, dtype) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value of one chunk, materialised: (heads, rows, Dv)."""
-    unit, gain = unit_keys(key, scale)
+    unit, gain = unit_keys(key, scale, mask)
     scores, peak = centred(query @ unit.mT, gain, mask, dim=-1)
     if row_lse is not None:
         mass = row_mass(peak, scores.exp().sum(-1, keepdim=True), row_lse)

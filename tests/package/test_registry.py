@@ -139,6 +139,11 @@ def test_nothing_is_installed_into_the_users_host(metadata):
     assert not (ROOT / "requirements.txt").exists()
 
 
+def test_a_wheel_holds_every_package_of_the_core(metadata):
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "pladis_core").rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in folders} == set(metadata["tool"]["setuptools"]["packages"])
+
+
 def test_the_scripts_are_served_once(metadata):
     # with WEB_DIRECTORY as well, the host would load every script twice
     assert "web" not in metadata["tool"]["comfy"]
