@@ -18,7 +18,7 @@ BACKGROUND, INK = (24, 24, 27), (235, 235, 235)
 LINE, LEAST_READABLE = 20, 9
 LEAST_WIDTH, MOST = 256, 512
 # of a grid that grows, on its longer side and without labels
-PREVIEW = 1024
+PREVIEW = 768
 # fonts with Chinese, Japanese, Korean, Arabic or Hebrew letters: Linux, Windows, macOS
 FONTS = (
     "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSans-Regular.ttc", "wqy-microhei.ttc",

@@ -35,7 +35,7 @@ NODES = {
 OUTPUTS = {
     "PLADISApply": ["MODEL"],
     "PLADISApplyAdvanced": ["MODEL"],
-    "PLADISAttentionMap": ["IMAGE", "STRING", "IMAGE"],
+    "PLADISAttentionMap": ["IMAGE", "STRING", "IMAGE", "MASK"],
     "PLADISDemoCheckpoint": ["MODEL", "CLIP", "VAE"],
     "PLADISSweep": ["LATENT", "IMAGE"],
     "PLADISSweepCell": ["PLADIS_CELLS"],
