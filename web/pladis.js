@@ -56,9 +56,7 @@ function isApply(node) {
 }
 
 function compare(node) {
-  let made;
-  inOneStep(() => (made = addComparison(node, (type) => LiteGraph.createNode(type))));
-  const { sweep, missing, leftOut } = made;
+  const { sweep, missing, leftOut } = inOneStep(() => addComparison(node, (type) => LiteGraph.createNode(type)));
   if (sweep) app.canvas.centerOnNode(sweep);
   const detail = missing ? words(missing === "vae" ? "noVae" : "noSampler")
     : leftOut.length ? words("leftOut", { inputs: leftOut.join(", ") }) : "";
@@ -88,7 +86,7 @@ function addPicker(node) {
     if (!picker.content.offsetHeight) return;
     height = Math.min(picker.content.offsetHeight + PICKER_PADDING, MOST_PICKER_HEIGHT);
     // then the wheel scrolls the list instead of zooming, in Nodes 2.0 after a click into it
-    picker.root.dataset.captureWheel = height === MOST_PICKER_HEIGHT;
+    picker.root.dataset.captureWheel = String(height === MOST_PICKER_HEIGHT);
     picker.root.style.minHeight = picker.root.style.maxHeight = `${height}px`;
     node.setDirtyCanvas(true, true);
   }).observe(picker.content);
@@ -182,11 +180,16 @@ function setValues(node, values) {
   node.setDirtyCanvas(true, true);
 }
 
-/** One step for undo. */
+/**
+ * One step for undo. Returns what `change` does.
+ * @template T
+ * @param {() => T} change
+ */
 function inOneStep(change) {
   app.canvas.emitBeforeChange();
-  change();
+  const made = change();
   app.canvas.emitAfterChange();
+  return made;
 }
 
 function setValue(node, name, value) {

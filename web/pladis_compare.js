@@ -10,8 +10,8 @@ const GAP = 60;
 /**
  * Puts the sweep and a preview of its grid beneath the graph of `apply`, an Apply node.
  *
- * Returns the sweep and the names of the inputs of `apply` that it leaves out, or which part was not found: `missing` is
- * "sampler" or "vae".
+ * Returns the sweep and the names of the inputs of `apply` that it leaves out, or which part was not found.
+ * @returns {{ sweep?: any, leftOut?: string[], missing?: "sampler" | "vae" }}
  */
 export function addComparison(apply, create) {
   const sampler = downstream(apply, "MODEL").find(samples);

@@ -117,6 +117,7 @@ def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) 
     if alpha == 1.0:
         dense, sparse = dense + sparse, 0.0
     loop = compiled_loop()
+    assert loop is not None, "asked for without usable()"
     block = loop.pladis_columns()
     query_rows = query.detach().float()
     query_rows = query_rows if query_rows.stride(-1) == 1 else query_rows.contiguous()
