@@ -96,7 +96,7 @@ def test_the_zip_holds_what_runs(zipped):
 def test_the_readmes_links_work_in_the_zip_and_in_the_repository(zipped):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 120
-    links = re.findall(r"\]\((.+?)\)", readme)
+    links = re.findall(r"(?<=\]\()[^)]+|(?<=\]: )\S+", readme)
     assert [link for link in links if "://" not in link and link not in zipped] == []
     # what the zip leaves out is named by its address
     address = r"https://(?:github\.com|raw\.githubusercontent\.com)/pladis-comfy/pladis-comfy/(?:blob/)?main/([^#]+)"
