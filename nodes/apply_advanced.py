@@ -161,5 +161,7 @@ class PLADISApplyAdvanced(io.ComfyNode):
             choose_layers(layers, blocks, target.layers), scale, alpha, start_percent, end_percent, apply_to,
             scale_schedule, end_scale, norm_cap, tokens, texts,
         )  # fmt: skip
-        model = apply_settings(model, settings, target, unique_id(cls))
-        return io.NodeOutput(model, ui={"pladis_blocks": block_names(target.layers)})
+        name = unique_id(cls)
+        # one that PLADIS Sweep makes has no picker: what it reports would take the place of the sweep's picture
+        shown = None if name is None else {"pladis_blocks": block_names(target.layers)}
+        return io.NodeOutput(apply_settings(model, settings, target, name), ui=shown)

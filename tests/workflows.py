@@ -71,13 +71,15 @@ def widget_names(info: dict) -> list[str | None]:
 
 
 def to_prompt(workflow: dict, object_info: dict) -> dict:
-    """The API format. Fails where a node's values are not as many as its widgets."""
+    """The API format. Inputs that a node has got since the file was saved, its last ones, are at their defaults."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in working(workflow):
         names = widget_names(object_info[node["type"]])
         values = node.get("widgets_values", [])
-        assert len(values) == len(names), f"{node['type']}: {values} for {names}"
+        since = [object_info[node["type"]]["input"].get("optional", {}).get(name) for name in names[len(values) :]]
+        assert len(values) <= len(names) and all(since), f"{node['type']}: {values} for {names}"
+        values = [*values, *(options["default"] for _, options in since)]
         inputs = {name: value for name, value in zip(names, values, strict=True) if name is not None}
         inputs.update({slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot["link"] is not None})
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}

@@ -197,6 +197,7 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
         dense, sparse = dense + sparse, 0.0
     order, mixed = (None, None) if mix_mask is None or sparse == 0.0 else _mixed_first(mix_mask)
     loop = compiled_loop()
+    assert loop is not None, "asked for without usable()"
     block = loop.pladis_columns()
     query_rows = query.detach().float()
     query_rows = query_rows if query_rows.stride(-1) == 1 else query_rows.contiguous()

@@ -229,7 +229,8 @@ def _fill(
 ) -> None:
     """Writes `out` in chunks of at most `elements` scores."""
     keys, dtype = unit.shape[-2], unit.dtype
-    step_h, step_q = chunk_shape(*query.shape[1:3], keys, elements)
+    _, heads, queries, _ = query.shape
+    step_h, step_q = chunk_shape(heads, queries, keys, elements)
     scratch = Scratch(step_h * step_q * keys, dtype, query.device)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         for rows in chunks(query.shape[:3], keys, elements):

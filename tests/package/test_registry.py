@@ -93,6 +93,17 @@ def test_the_zip_holds_what_runs(zipped):
     assert len([name for name in zipped if name.endswith(".safetensors")]) == 4
 
 
+def test_the_readmes_links_work_in_the_zip_and_in_the_repository(zipped):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 120
+    links = re.findall(r"(?<=\]\()[^)]+|(?<=\]: )\S+", readme)
+    assert [link for link in links if "://" not in link and link not in zipped] == []
+    # what the zip leaves out is named by its address
+    address = r"https://(?:github\.com|raw\.githubusercontent\.com)/pladis-comfy/pladis-comfy/(?:blob/)?main/([^#]+)"
+    ours = [found[1] for link in links if (found := re.match(address, link))]
+    assert len(ours) > 5 and [path for path in ours if not (ROOT / path).is_file()] == []
+
+
 def test_the_zip_holds_nothing_else(zipped):
     paths = [PurePosixPath(name) for name in zipped]
     tops = {path.parts[0] for path in paths}
