@@ -160,8 +160,11 @@ def _lines(label: str, width: int) -> list[str]:
         if lines and font.getlength(lines[-1] + part) <= width:
             lines[-1] += part
         else:
+            # that of a list of blocks stays
+            if part.startswith(" "):
+                lines[-1] = lines[-1].removesuffix(",")
             lines.append(part.lstrip())
-    return [line.rstrip(",") for line in lines[:-1]] + lines[-1:]
+    return lines
 
 
 @lru_cache(maxsize=256)

@@ -137,12 +137,13 @@ def test_every_axis_comes_to_its_node(monkeypatch):
 
 
 def test_a_long_label_is_broken_and_a_grid_has_room_for_what_comes():
-    from pladis_pack.nodes.pictures import draw_grid, draw_preview
+    from pladis_pack.nodes.pictures import _lines, draw_grid, draw_preview
 
     cells = [torch.ones(1, 64, 64, 3)]
     one, long = draw_grid(cells, ["scale 2"], 1), draw_grid(cells, ["scale 2, alpha 1.5, d0-1,m0, end 0.5, seed 3"], 1)
     assert one.shape[1:3] == (64 + 20 + 8, 104) and (long.shape[1] - one.shape[1]) % 20 == 0
     assert long.shape[1] > one.shape[1]
+    assert _lines("scale 2, d0-1.0-1,d2-3.0-9,m0, seed 3", 60) == ["scale 2", "d0-1.0-1,", "d2-3.0-9,m0", "seed 3"]
     # every line stands inside: the outermost columns are the background's
     assert (long[0, :, :2] == long[0, 0, 0]).all() and (long[0, :, -2:] == long[0, 0, 0]).all()
     grown = draw_preview([torch.ones(2, 2048, 1024, 3)] * 3, ["a", "b", "c"], 2, 6)

@@ -717,3 +717,30 @@ def test_a_comparison_that_cannot_be_made_or_is_not_whole_says_so(page):
     # without a node that decodes, the VAE of the loader
     sweep = made_by_comparing(page)
     assert sweep["vae"] == [str(DEMO), 2] and sweep["end_percents"] == "0.5" and sweep["layers"] == ""
+
+
+def test_comparing_inside_a_subgraph_takes_what_comes_from_outside(page):
+    page.evaluate(BUILD, SAMPLING)
+    page.evaluate(
+        """(ids) => {
+            const { node } = app.graph.convertToSubgraph(new Set(ids.map((id) => app.graph.getNodeById(id))));
+            app.canvas.openSubgraph(node.subgraph, node);
+        }""",
+        [ADVANCED, 13, 14],
+    )
+    page.wait_for_timeout(500)
+    page.evaluate(
+        """() => {
+            const apply = app.canvas.graph.nodes.find(({ type }) => type === "PLADISApplyAdvanced");
+            app.collectNodeMenuItems(apply).at(-1).callback();
+        }"""
+    )
+    settle(page)
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    (sweep,) = [node["inputs"] for node in prompt.values() if node["class_type"] == "PLADISSweep"]
+    (apply,) = [name for name, node in prompt.items() if node["class_type"] == "PLADISApplyAdvanced"]
+    links = {"model": [apply, 0], "positive": ["10", 0], "negative": ["11", 0], "latent_image": ["12", 0],
+             "vae": [str(DEMO), 2]}  # fmt: skip
+    assert {name: sweep[name] for name in links} == links
+    page.evaluate("app.canvas.setGraph(app.graph)")
+    settle(page)
