@@ -4,7 +4,9 @@
 const LINKS = ["positive", "negative", "latent_image"];
 const VALUES = ["seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"];
 // what the cells of a sweep cannot have, and what it is where it does nothing
-const LEFT_OUT = { start_percent: 0, apply_to: "both", force_unknown: false, scale_schedule: "constant" };
+const LEFT_OUT = {
+  start_percent: 0, apply_to: "both", force_unknown: false, scale_schedule: "constant", tokens: "all",
+};
 const GAP = 60;
 
 /**

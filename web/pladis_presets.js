@@ -3,7 +3,7 @@
 
 const PAPER = { scale: 2, alpha: 1.5, start_percent: 0, end_percent: 1 };
 // so that an advanced node does what the source did; which model it is, force_unknown, stays
-const ADVANCED = { layers: "all", apply_to: "both", scale_schedule: "constant", norm_cap: 0 };
+const ADVANCED = { layers: "all", apply_to: "both", scale_schedule: "constant", norm_cap: 0, tokens: "all" };
 
 /** In the order of the menu: the key of the label, and what differs from the paper. */
 export const PRESETS = {

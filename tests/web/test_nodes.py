@@ -405,7 +405,7 @@ def test_a_saved_workflow_holds_the_inputs_alone_and_loads_as_it_was(page):
     assert set(prompt[str(BASIC)]["inputs"]) == {"model", "scale", "alpha", "start_percent", "end_percent"}
     assert set(prompt[str(ADVANCED)]["inputs"]) == {
         *prompt[str(BASIC)]["inputs"], "layers", "blocks", "apply_to", "force_unknown",
-        "scale_schedule", "end_scale", "norm_cap",
+        "scale_schedule", "end_scale", "norm_cap", "tokens", "prompt",
     }  # fmt: skip
 
 
@@ -624,12 +624,13 @@ def choose(page: Page, node: int, *entries: str) -> None:
 
 def test_a_preset_sets_the_inputs_in_one_step_of_undo(page):
     before = saved(page)
-    set_value(page, ADVANCED, scale=3, layers="custom", blocks="d1", norm_cap=2, end_percent=0.4, start_percent=0.1)
+    set_value(page, ADVANCED, scale=3, layers="custom", blocks="d1", norm_cap=2, end_percent=0.4, start_percent=0.1,
+              tokens="words only")
     steps = steps_to_undo(page)
     choose(page, ADVANCED, "PLADIS presets", "Flux.1")
     # not the list of blocks, which is the user's
     expected = {"scale": 1.5, "alpha": 1.5, "start_percent": 0, "end_percent": 1, "layers": "all", "blocks": "d1",
-                "apply_to": "both", "scale_schedule": "constant", "norm_cap": 0}  # fmt: skip
+                "apply_to": "both", "scale_schedule": "constant", "norm_cap": 0, "tokens": "all"}  # fmt: skip
     assert {name: value(page, ADVANCED, name) for name in expected} == expected
     assert_plotted(page, ADVANCED, 1.5, 1.5)
     assert steps_to_undo(page) == steps + 1
