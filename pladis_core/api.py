@@ -13,6 +13,7 @@ from importlib.util import find_spec
 
 import torch
 
+from . import operators
 from .impl import cpu, eager, gradient
 from .impl.common import wants_grad
 
@@ -66,8 +67,11 @@ def pladis_weights(
         raise ValueError(f"scores must be floating point, not {scores.dtype}: convert them with .float()")
     if not -scores.ndim <= dim < scores.ndim:
         raise ValueError(f"dim {dim} is out of range for scores of shape {tuple(scores.shape)}")
+    mixed = _mix_mask(mix_mask, scores.shape)
+    if operators.looked_on(scores):
+        return operators.transformed_weights(scores, mixed, alpha, dim, 1.0 - lam, lam)
     mix = gradient.mix_weights if wants_grad(scores) else eager.mix_weights
-    return mix(scores, _mix_mask(mix_mask, scores.shape), alpha, dim, 1.0 - lam, lam)
+    return mix(scores, mixed, alpha, dim, 1.0 - lam, lam)
 
 
 def pladis_attention(
@@ -178,7 +182,10 @@ def _attend(
     mix_mask = _mix_mask(mix_mask, (key.shape[0], key.shape[2]))
     mass = _broadcast("mass", mass, (*rows, 1))
     row_lse = _broadcast("row_lse", row_lse, (*rows, 1))
-    implementation = _backend(backend, wants_grad(query, key, value, attn_mask, mass, row_lse))
+    tensors = query, key, value, attn_mask, mass, row_lse
+    implementation = _backend(backend, wants_grad(*tensors))
+    if operators.looked_on(*tensors):
+        return operators.transformed_attend(*tensors, mix_mask, scale, alpha, dense, sparse, backend)
     return implementation(query, key, value, attn_mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse)
 
 
