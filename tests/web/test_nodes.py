@@ -17,7 +17,7 @@ from pladis_core import entmax, pladis_weights
 SCREENSHOTS = Path(__file__).parents[2] / "docs" / "screenshots"
 DEMO, BASIC, ADVANCED, CHECKPOINT, UNKNOWN = 1, 2, 3, 4, 5
 BLOCKS = ["d0", "d1", "m0", "u0", "u1", "u2", "u3"]
-VALUES = {BASIC: [2, 1.5, 0, 1], ADVANCED: [2, 1.5, 0, 1, "all", "", "both", False, "constant", 0, 0]}
+VALUES = {BASIC: [2, 1.5, 0, 1], ADVANCED: [2, 1.5, 0, 1, "all", "", "both", False, "constant", 0, 0, "all", ""]}
 # node id: class, position, values, {input: [node, output]}
 PANELS = {
     DEMO: ("PLADISDemoCheckpoint", (80, 130), {}, {}),
