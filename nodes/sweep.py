@@ -311,7 +311,13 @@ class PLADISSweepGrid(io.ComfyNode):
     @override
     def execute(cls, cells: tuple, columns: int) -> io.NodeOutput:
         latents, images, labels = zip(*cells, strict=True)
-        return io.NodeOutput(together(latents), draw_grid(images, labels, columns))
+        return io.NodeOutput(together(latents), draw_grid([enlarged(i) for i in images], labels, columns))
+
+
+def enlarged(images: torch.Tensor) -> torch.Tensor:
+    """Small pictures (B, H, W, 3) by a whole factor: their pixels are seen as squares, and labels fit over them."""
+    factor = max(1, 256 // max(images.shape[1:3]))
+    return images.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
 
 def together(latents: Sequence[dict]) -> dict:

@@ -1,6 +1,6 @@
 """Writes example_workflows: what each template is made of, from which its file and its thumbnail are made.
 
-    PLADIS_WRITE_TEMPLATES=1 python -m pytest tests/test_hosts.py -k "newest and host and workflows"
+    PLADIS_WRITE_TEMPLATES=1 python -m pytest tests/test_hosts.py -k "newest-workflows"
 
 writes all of them on a running ComfyUI, and chooses anew what depends on the demo model: do it after a change of the
 model, of a node's inputs, of ComfyUI's oldest version, or here. The same tests without the variable compare.
@@ -26,11 +26,15 @@ HUGGING_FACE = "https://huggingface.co"
 TEAPOT = "a red teapot left of a blue vase on a wooden table, morning light from a window"
 # what the templates without a download draw, and how far their pictures' pixels are enlarged
 PROMPT, SEED, ENLARGED = "a red circle left of a blue square", 4, 4
+# where the demo model's own scale is best tried: README, recommended settings
+DEMO_SCALE = 0.5
 DEMO_SAMPLING = {"steps": 20, "cfg": 3, "sampler_name": "euler", "scheduler": "simple"}
 NOT_RUN = "Not run by us with these weights; the thumbnail is a drawing of attention weights, not this model's output."
 TO_COMPARE = "To compare, set **scale** to 0 and run again: the plain model, bit for bit."
-# the shapes that the template browser shows
-THUMBNAIL, MARGIN, BACKGROUND, INK = (640, 480), 8, (24, 24, 27), (235, 235, 235)
+CHOICES = Path(__file__).parent / "template_choices.json"
+# thumbnails
+MARGIN, TITLE_HEIGHT, BACKGROUND, INK = 8, 110, (24, 24, 27), (235, 235, 235)
+DRAWING = Path(__file__).parent / "drawing.png"
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def demo(choice: dict) -> Page:
         "The plot shows what **scale** does to the weights of words. This is a tiny model that comes with the pack; an "
         "unknown word gets the list of those that it knows.",
     )  # fmt: skip
-    loader = page.small("PLADISDemoCheckpoint", (295, 505))
+    loader = page.small("PLADISDemoCheckpoint", (295, 505), "Demo model")
     prompt = page.add("CLIPTextEncode", (295, 380), (230, 85), "Prompt", clip=(loader, 1), text=PROMPT)
     negative = page.small("CLIPTextEncode", (295, 540), "Negative prompt", clip=(loader, 1), text="")
     seed = page.add("PrimitiveInt", (540, 380), (230, 82), "Seed", value=SEED)
@@ -112,7 +116,7 @@ def demo(choice: dict) -> Page:
     common = {"positive": prompt, "negative": negative, "latent_image": latent, "seed": seed, **DEMO_SAMPLING}
     for number, (title, model) in enumerate((("Plain model", loader), ("Apply PLADIS", apply))):
         y = 380 + 105 * number
-        sampled = page.small("KSampler", (785, y), f"KSampler: {title}", model=model, **common)
+        sampled = page.small("KSampler", (785, y), f"Run: {title}", model=model, **common)
         decoded = page.small("VAEDecode", (785, y + 35), samples=sampled, vae=(loader, 2))
         enlarge(page, (785, y + 70), decoded, (295 + 385 * number, 0), (370, 340), title)
     return page
@@ -133,7 +137,8 @@ def sweep(choice: dict) -> Page:
         "side by side. The first column is the plain model.",
         "**Look at** where along a row the picture starts to change, and where it breaks: your scale lies between. "
         "Then change the seed and see whether that still holds.",
-        "Done cells stay cached: add a number, and only its cells are sampled. For your own model put its loader in the "
+        "Done cells stay cached: add a number, and only its cells are sampled. For your own model put its loader in "
+        "the "
         "demo's place and set steps, cfg and size to suit it.",
     )  # fmt: skip
     loader = page.add("PLADISDemoCheckpoint", (0, 305), (250, 126))
@@ -159,9 +164,9 @@ def attention_map(choice: dict) -> Page:
         "Sparse leaves fewer places to a word than dense; blue in the extrapolated map is weight below zero.",
         "The text goes to the encoder and to the map, so it stands once, in **Prompt**.",
     )  # fmt: skip
-    loader = page.small("PLADISDemoCheckpoint", (570, 485))
+    loader = page.small("PLADISDemoCheckpoint", (570, 485), "Demo model")
     text = page.add("PrimitiveStringMultiline", (0, 370), (250, 100), "Prompt", value=choice["prompt"])
-    prompt = page.small("CLIPTextEncode", (570, 520), clip=(loader, 1), text=text)
+    prompt = page.small("CLIPTextEncode", (570, 520), "Encoded prompt", clip=(loader, 1), text=text)
     negative = page.small("CLIPTextEncode", (570, 555), "Negative prompt", clip=(loader, 1), text="")
     latent = page.small("EmptyLatentImage", (820, 485), width=64, height=64)
     sampled = page.small("KSampler", (820, 520), model=loader, positive=prompt, negative=negative, latent_image=latent,
@@ -188,7 +193,7 @@ def schedule(choice: dict) -> Page:
         "**Look at** what stays of the layout, and what the end of the run makes of the details.",
         "It also chooses layers, blocks and prompts; its help page says what for.",
     )  # fmt: skip
-    loader = page.small("PLADISDemoCheckpoint", (600, 450))
+    loader = page.small("PLADISDemoCheckpoint", (600, 450), "Demo model")
     prompt = page.add("CLIPTextEncode", (0, 300), (260, 100), "Prompt", clip=(loader, 1), text=PROMPT)
     seed = page.add("PrimitiveInt", (0, 440), (260, 82), "Seed", value=SEED)
     negative = page.small("CLIPTextEncode", (600, 485), "Negative prompt", clip=(loader, 1), text="")
@@ -197,9 +202,9 @@ def schedule(choice: dict) -> Page:
     falling = page.add("PLADISApplyAdvanced", (280, 0), (300, 695), model=loader, scale=2, scale_schedule="cosine",
                        end_scale=0)  # fmt: skip
     common = {"positive": prompt, "negative": negative, "latent_image": latent, "seed": seed, **DEMO_SAMPLING}
-    for number, (title, model) in enumerate((("Scale 2 all along", constant), ("Scale 2, falling to 0", falling))):
+    for number, (title, model) in enumerate((("Constant scale 2", constant), ("Falling: 2 to 0", falling))):
         x = 600 + 345 * number
-        sampled = page.small("KSampler", (x, 570), f"KSampler: {title}", model=model, **common)
+        sampled = page.small("KSampler", (x, 570), f"Run: {title.split()[0]}", model=model, **common)
         decoded = page.small("VAEDecode", (x, 605), samples=sampled, vae=(loader, 2))
         enlarge(page, (x, 640), decoded, (x, 0), (330, 390), title)
     return page
@@ -271,11 +276,13 @@ def sampling(steps: int, cfg: float, sampler_name: str, scheduler: str) -> dict:
 
 
 AUTHORS_RANGE = (
-    "**scale** 1.5: the authors' README says 1.5 to 2 for all its models, to be adjusted to each. Not measured by us on "
+    "**scale** 1.5: the authors' README says 1.5 to 2 for all its models, to be adjusted to each. Not measured by "
+    "us on "
     "this one."
 )
 SDXL = Model("stabilityai/stable-diffusion-xl-base-1.0/sd_xl_base_1.0.safetensors", "checkpoints")
-QWEN, Z_IMAGE, KREA = "Comfy-Org/Qwen-Image_ComfyUI/split_files", "Comfy-Org/z_image_turbo/split_files", "Comfy-Org/Krea-2"
+QWEN, KREA = "Comfy-Org/Qwen-Image_ComfyUI/split_files", "Comfy-Org/Krea-2"
+Z_IMAGE = "Comfy-Org/z_image_turbo/split_files"
 WAN = "Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files"
 
 
@@ -302,9 +309,11 @@ def few_step(_) -> Page:
     return picture(
         "SDXL Lightning, 4 steps, with PLADIS",
         "PLADIS needs no guidance: it works at CFG 1, where the negative prompt has no effect.",
-        "Keep steps, sampler, scheduler and cfg: the model was distilled for them. Other few-step models (Turbo, Hyper, "
+        "Keep steps, sampler, scheduler and cfg: the model was distilled for them. Other few-step models (Turbo, "
+        "Hyper, "
         "DMD2, LCM) are wired in the same way, with their own.", TO_COMPARE,
-        files={"sdxl_lightning_4step": Model("ByteDance/SDXL-Lightning/sdxl_lightning_4step.safetensors", "checkpoints")},
+        files={"sdxl_lightning_4step": Model(
+            "ByteDance/SDXL-Lightning/sdxl_lightning_4step.safetensors", "checkpoints")},
         sampling=sampling(4, 1, "euler", "sgm_uniform"),
     )  # fmt: skip
 
@@ -312,7 +321,8 @@ def few_step(_) -> Page:
 def flux(_) -> Page:
     return picture(
         "Flux.1 dev with PLADIS",
-        "Text and image share one attention. PLADIS keeps how much the picture attends to the text, and changes how that "
+        "Text and image share one attention. PLADIS keeps how much the picture attends to the text, and changes how "
+        "that "
         "is spread over the words.",
         "**scale** 1.5: the authors' README says 1.5 to 2, depending on the model. **cfg** stays 1 and the negative "
         "prompt empty: the guidance is in **FluxGuidance**.", TO_COMPARE,
@@ -324,7 +334,8 @@ def flux(_) -> Page:
 def sd35(_) -> Page:
     return picture(
         "SD 3.5 Large with PLADIS",
-        "Text and image share one attention; PLADIS changes how the picture's share for the text is spread over the words.",
+        "Text and image share one attention; PLADIS changes how the picture's share for the text is spread over the "
+        "words.",
         AUTHORS_RANGE, TO_COMPARE,
         files={"sd3.5_large_fp8_scaled": Model(
             "Comfy-Org/stable-diffusion-3.5-fp8/sd3.5_large_fp8_scaled.safetensors", "checkpoints")},
@@ -385,7 +396,8 @@ def wan(_) -> Page:
     page = Page()
     page.note(
         (0, 0), (250, 300), "## Wan 2.1 text to video with PLADIS",
-        "**Apply PLADIS** goes anywhere between the model loader and the sampler. **scale** 2 is the paper's default for "
+        "**Apply PLADIS** goes anywhere between the model loader and the sampler. **scale** 2 is the paper's "
+        "default for "
         "pictures; for video nothing is measured.",
         "For a first look make the video shorter or smaller.", TO_COMPARE, downloads(files), NOT_RUN,
     )
@@ -575,35 +587,34 @@ def text_of(workflow: dict) -> str:
 
 
 def side_by_side(pictures: list[Image.Image], labels: list[str], columns: int = 0) -> Image.Image:
-    """At most as large as the template browser's thumbnails, small pictures enlarged by whole factors."""
+    """Pictures under their labels, small ones enlarged by a whole factor, large ones made smaller."""
     columns = columns or len(pictures)
     rows = -(-len(pictures) // columns)
     width, height = pictures[0].size
     line = 24 if any(labels) else 0
-    factor = max(1, int(min((1000 / columns - MARGIN) // width, (800 / rows - MARGIN - line) // height)))
-    width, height = width * factor, height * factor
-    canvas = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + line + MARGIN) + MARGIN), BACKGROUND)
+    factor = min((1000 / columns - MARGIN) / width, (800 / rows - MARGIN - line) / height)
+    factor = int(factor) if factor >= 1 else factor
+    width, height = round(width * factor), round(height * factor)
+    size = (columns * (width + MARGIN) + MARGIN, rows * (height + line + MARGIN) + MARGIN)
+    canvas = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for number, (picture_, label) in enumerate(zip(pictures, labels, strict=True)):
         x = MARGIN + number % columns * (width + MARGIN)
         y = MARGIN + number // columns * (height + line + MARGIN)
         draw.text((x + width // 2, y + line // 2 - 2), label, INK, ImageFont.load_default(18), "mm")
-        canvas.paste(picture_.resize((width, height), Image.NEAREST), (x, y + line))
+        canvas.paste(picture_.resize((width, height), Image.NEAREST if factor >= 1 else Image.BOX), (x, y + line))
     return canvas
 
 
-def drawing(words: str, below: Image.Image) -> Image.Image:
-    """The title of a template whose model was not run, over the drawing of another one."""
-    canvas = Image.new("RGB", THUMBNAIL, BACKGROUND)
-    canvas.paste(below, (0, TITLE_HEIGHT))
+def drawing(words: str) -> Image.Image:
+    """The title of a template whose model was not run by us, over a drawing of attention weights."""
+    canvas = Image.open(DRAWING).convert("RGB")
     draw = ImageDraw.Draw(canvas)
+    draw.rectangle((0, 0, canvas.width, TITLE_HEIGHT - 1), BACKGROUND)
     title, subtitle = words.split("|")
     draw.text((24, 42), title, INK, ImageFont.load_default(40), "lm")
     draw.text((24, 84), subtitle, (180, 180, 185), ImageFont.load_default(20), "lm")
     return canvas
-
-
-TITLE_HEIGHT = 110
 
 
 def save_thumbnail(name: str, picture_: Image.Image) -> None:

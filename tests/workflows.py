@@ -7,9 +7,10 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "example_workflows"
 # need no download
-RUN_HERE = ("pladis_demo", "pladis_sweep", "pladis_attention_map")
+RUN_HERE = ("01_pladis_demo", "02_pladis_sweep", "03_pladis_attention_map", "04_pladis_schedule")
 NAMES = (
-    *RUN_HERE, "sd15_text_to_image", "sdxl_text_to_image", "sdxl_few_step", "flux_text_to_image", "wan_text_to_video",
+    *RUN_HERE, "sd15_text_to_image", "sdxl_text_to_image", "sdxl_few_step", "sd35_text_to_image", "flux_text_to_image",
+    "qwen_image_text_to_image", "z_image_turbo_text_to_image", "krea2_turbo_text_to_image", "wan_text_to_video",
     "ipadapter_sdxl",
 )  # fmt: skip
 # nodes of other packs: their inputs, in the format of /object_info
@@ -84,3 +85,10 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
         inputs.update({slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot["link"] is not None})
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def lacks(workflow: dict, object_info: dict) -> str:
+    """What a ComfyUI is too old for: a kind of text encoder."""
+    kinds = object_info["CLIPLoader"]["input"]["required"]["type"][0]
+    wanted = {n["widgets_values_named"]["type"] for n in workflow["nodes"] if n["type"] == "CLIPLoader"}
+    return ", ".join(sorted(wanted - set(kinds)))

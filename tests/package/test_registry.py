@@ -88,7 +88,7 @@ def test_the_zip_holds_what_runs(zipped):
         expected -= {name for name in expected if name.startswith("demo/train")}
         assert expected and expected <= zipped
     assert {"web/docs/PLADISApply.md", "web/docs/images/sweep.png", "locales/zh/nodeDefs.json"} <= zipped
-    assert {"example_workflows/pladis_demo.json", "example_workflows/pladis_demo.jpg"} <= zipped
+    assert {"example_workflows/01_pladis_demo.json", "example_workflows/01_pladis_demo.jpg"} <= zipped
     # the demo node needs them
     assert len([name for name in zipped if name.endswith(".safetensors")]) == 4
 
