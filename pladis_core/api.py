@@ -161,7 +161,7 @@ def _attend(
     mass = _broadcast("mass", mass, (*rows, 1))
     row_lse = _broadcast("row_lse", row_lse, (*rows, 1))
     implementation = _backend(backend, wants_grad(query, key, value, attn_mask, mass, row_lse))
-    return implementation(query, key, value, attn_mask, scale, alpha, dense, sparse, mass, row_lse)
+    return implementation(query, key, value, attn_mask, None, scale, alpha, dense, sparse, mass, row_lse)
 
 
 def _backend(name: str, with_gradient: bool):

@@ -105,7 +105,7 @@ def usable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return plain and query.device.type == "cpu" and dtype == torch.float32 and compiled_loop() is not None
 
 
-def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """As `attend` of impl/eager.py."""
     batch, heads, queries, width = query.shape
     keys, value_width = value.shape[-2:]

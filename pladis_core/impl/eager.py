@@ -155,7 +155,7 @@ def chunks(rows: tuple[int, int, int], keys: int, elements: int) -> Iterator[tup
                 yield b, slice(h, h + step_h), slice(start, start + step_q)
 
 
-def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
     batch, heads, queries, _ = query.shape
     keys = key.shape[-2]

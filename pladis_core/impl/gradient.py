@@ -21,7 +21,7 @@ def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, spar
     return _Weights.apply(scores.to(compute_dtype(scores.dtype)), alpha, dim, dense, sparse)
 
 
-def attend(forward, query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+def attend(forward, query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """What `forward`, the `attend` of a backend, returns for the other arguments."""
     return _Attention.apply(forward, (scale, alpha, dense, sparse), query, key, value, mask, mass, row_lse)
 
@@ -62,7 +62,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, forward, options, query, key, value, mask, mass, row_lse):
         ctx.save_for_backward(query, key, value, mask, mass, row_lse)
         ctx.options = options
-        return forward(query, key, value, mask, *options, mass, row_lse)
+        return forward(query, key, value, mask, None, *options, mass, row_lse)
 
     @staticmethod
     @once_differentiable

@@ -38,7 +38,7 @@ def mix_weights(scores: torch.Tensor, alpha: float, dim: int, dense: float, spar
     return weights.masked_fill(dead, 0.0)
 
 
-def attend(query, key, value, mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`."""
     dtype = compute_dtype(query.dtype, key.dtype, value.dtype)
     groups = query.shape[1] // max(key.shape[1], 1)
