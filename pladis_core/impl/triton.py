@@ -53,6 +53,8 @@ LARGEST_CANCELLATION = 16.0
 # rows and columns that a tile may have past the last one
 MAX_TILE = 512
 NO_STRIDES = (0, 0, 0, 0)
+# of programs, in the second and third dimension
+LARGEST_GRID = 65535
 
 
 def unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -63,6 +65,8 @@ def unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str
         return f"it takes float16, bfloat16 or float32, the same for query, key and value, not {names}"
     if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         return f"it takes a head_dim of at most {MAX_HEAD_DIM}, not {max(query.shape[-1], value.shape[-1])}"
+    if max(query.shape[:2]) > LARGEST_GRID:
+        return f"it takes at most {LARGEST_GRID} rows of a batch, not {max(query.shape[:2])}"
     if query.device.type not in ("cuda", "xpu") and not INTERPRETED.value:
         return f"Triton has no backend for {query.device.type} tensors"
     if query.is_cuda and 0 < _target(query.device)[1] < 80:
@@ -406,7 +410,7 @@ def _resident_kernel(
     stride_qb, stride_qh, stride_qq, stride_qd, stride_kb, stride_kh, stride_kk, stride_kd,
     stride_vb, stride_vh, stride_vk, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk, stride_xb, stride_xk,
     stride_sb, stride_sh, stride_sq, stride_ob, stride_oh, stride_oq,
-    n_queries, n_keys, heads, groups, steps,
+    n_queries, n_keys, groups, steps,
     scale, gain, limit, start, b, enough, dense, sparse, factor, mask_min, largest,
     D: tl.constexpr, DV: tl.constexpr, ALPHA: tl.constexpr, POWER: tl.constexpr, EXACT: tl.constexpr,
     FOLD: tl.constexpr, MASK: tl.constexpr, MIX: tl.constexpr, MASS: tl.constexpr, UNIT: tl.constexpr,
@@ -415,11 +419,8 @@ def _resident_kernel(
     BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All keys at once, in N tiles of BLOCK_K: 77 keys are 5 x 16, not 128."""
-    tiles = tl.cdiv(n_queries, BLOCK_Q)
-    pid = tl.program_id(0)
-    head = pid // tiles
-    batch, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    rows, cols = (pid % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    h, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows, cols = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     if WIDE:
         rows, cols = rows.to(tl.int64), cols.to(tl.int64)
     Q += batch * stride_qb + h * stride_qh
@@ -466,7 +467,9 @@ def _resident_kernel(
         c = c + (_centred(scores[i], centre, gain, EXACT),)
 
     u = tl.full((BLOCK_Q,), 1.0, tl.float32) * start
-    step, total, slope = u * 0.0, u, u
+    # nobody is done after the first step
+    total, slope = _row_moments(c, u, b, part, N, ALPHA, POWER, MIX, PTX)
+    step = _newton_step(total, slope, b, ALPHA, PTX)
     left = steps
     while left > 0:
         u += step
@@ -546,7 +549,7 @@ def _streaming_kernel(
     stride_qb, stride_qh, stride_qq, stride_qd, stride_kb, stride_kh, stride_kk, stride_kd,
     stride_vb, stride_vh, stride_vk, stride_vd, stride_mb, stride_mh, stride_mq, stride_mk, stride_xb, stride_xk,
     stride_sb, stride_sh, stride_sq, stride_ob, stride_oh, stride_oq,
-    n_queries, n_keys, heads, groups, steps,
+    n_queries, n_keys, groups, steps,
     scale, gain, limit, start, b, enough, dense, sparse, factor, mask_min, largest,
     D: tl.constexpr, DV: tl.constexpr, ALPHA: tl.constexpr, POWER: tl.constexpr, EXACT: tl.constexpr,
     FOLD: tl.constexpr, MASK: tl.constexpr, MIX: tl.constexpr, MASS: tl.constexpr, UNIT: tl.constexpr,
@@ -554,11 +557,8 @@ def _streaming_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Any number of keys, BLOCK_K at a time: a pass for maximum and softmax sum, one a step, one for V."""
-    tiles = tl.cdiv(n_queries, BLOCK_Q)
-    pid = tl.program_id(0)
-    head = pid // tiles
-    batch, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    rows = (pid % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    h, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     if WIDE:
         rows = rows.to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
@@ -665,15 +665,16 @@ def configuration(queries: int, keys: int, width: int, dtype: torch.dtype, hip: 
         warps = 4 if padded <= 128 else 8
     else:
         block_k, number = key_tiles(keys)
-        # slices of the width: 80 is 32 + 32 + 16, not 128
+        # slices of the width: 80 is 32 + 32 + 16, not 128; many keys leave few registers for wide ones
         block_d = padded if padded <= 64 else 64 if width % 64 == 0 else 32
-        block_q, warps = (64, 4) if keys <= 160 else (32, 8)
+        block_q, warps = (64, 4) if keys <= 160 else (32, 4) if keys <= 256 else (16, 4)
         if keys > 160:
             block_d = 32
         block_v = min(padded, 64)
         if dtype == torch.float32:
             # no tensor cores: products and scores share the registers
-            block_q, block_d, block_v = 16, min(block_d, 32), min(block_v, 32)
+            block_q, block_d, block_v = 16, min(block_d, 32 if keys <= 160 else 16), min(block_v, 32)
+            warps = 4 if keys <= 160 else 8
         tiles = {"BLOCK_K": block_k, "N": number, "BLOCK_D": block_d, "BLOCK_V": block_v, "STAGES": 2}
     block_q = min(block_q, max(16, triton.next_power_of_2(queries)))
     return {"BLOCK_Q": block_q, **tiles, "num_warps": warps, "num_stages": 2}
@@ -681,8 +682,9 @@ def configuration(queries: int, keys: int, width: int, dtype: torch.dtype, hip: 
 
 def enough(alpha: float, keys: int, dtype: torch.dtype) -> float:
     """A step below it leaves less than weights of `dtype` show: they err by its min(p, 2)th power."""
-    rest = 8e-7 / keys if dtype == torch.float32 else 1e-5
-    return max(3e-7, rest ** max(alpha - 1.0, 0.5))
+    if dtype == torch.float32:
+        return max(3e-7, (8e-7 / keys) ** max(alpha - 1.0, 0.5))
+    return max(1e-4, 1e-5 ** max(alpha - 1.0, 0.5))
 
 
 class Mix(NamedTuple):
@@ -773,14 +775,14 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
         None if mask is None else mask.dtype, mix_mask is not None, 0 if factor is None else 1 if row_lse is None else 2,
         ptx, is_hip, row + column >= 2**31 or out.numel() >= 2**31,
     )  # fmt: skip
-    grid = (batch * heads * -(-queries // block_q),)
+    grid = -(-queries // block_q), heads, batch
     with _on_device(query.device):
         kernel[grid](
             query, key, value, query if mask is None else mask, query if mix_mask is None else mix_mask,
             query if factor is None else factor, out,
             *strides[0], *strides[1], *strides[2], *mask_strides, *mix_strides, *factor_strides,
             queries * heads * value_width, value_width, heads * value_width,
-            queries, keys, heads, heads // key.shape[1], *numbers, **constants,
+            queries, keys, heads // key.shape[1], *numbers, **constants,
         )  # fmt: skip
     return out
 
