@@ -135,7 +135,7 @@ def compiled(case: Case):
     plan = backend.plan(
         PROBLEMS.get((case.keys, case.width), (1, 4096))[1], case.keys, case.width, case.width, dtype,
         case.width**-0.5, case.alpha, -2.0 if case.mass else -1.0, 2.0, mask, case.mix, case.mass,
-        gpu.arch if gpu.backend == "cuda" else 0, gpu.backend == "hip", False,
+        gpu.arch if gpu.backend == "cuda" else 0, gpu.warp if gpu.backend == "hip" else 0, False,
     )  # fmt: skip
     names = plan.kernel.arg_names
     options = {name: value for name, value in plan.constants.items() if name not in names}
@@ -250,7 +250,12 @@ def weighted(code: Code, steps: float, inner: int) -> float:
     """Instructions that a warp executes. A loop that multiplies matrices, and holds no other, runs `inner` times (over
     slices of the width, or tiles of keys), any other `steps` times.
     """
-    loops = sorted({(goal, address) for address, _, goal in code if goal is not None and goal < address})
+    ends: dict[int, int] = {}
+    for address, _, goal in code:
+        if goal is not None and goal < address:
+            # of several ways back to the head of a loop the last one ends it
+            ends[goal] = address
+    loops = list(ends.items())
     weights = dict.fromkeys((address for address, _, _ in code), 1.0)
     for first, last in loops:
         leaf = not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
@@ -281,7 +286,7 @@ def worse(row: Row, recorded: dict) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--only", default="", help="rows whose name contains this, e.g. 'sm_90 77x64'")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name begins so, e.g. 'sm_90 77x64'")
     parser.add_argument("--sigma", type=float, default=1.0, help="standard deviation of the scores (default: 1)")
     parser.add_argument("--check", action="store_true", help="fail where a row is worse than recorded")
     parser.add_argument("--record", action="store_true", help=f"write the rows to {RECORD.name}")
@@ -293,7 +298,7 @@ def main() -> None:
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))["rows"] if args.check else {}
     rows, problems = [], []
     for case in cases():
-        if args.only in str(case):
+        if str(case).startswith(tuple(args.only)):
             rows.append(measure(case, args.sigma))
             print(line(rows[-1]), flush=True)
             if args.check and (problem := worse(rows[-1], recorded[str(case)])):

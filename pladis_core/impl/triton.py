@@ -39,7 +39,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_SCORE = 1e30
 # with 16-bit weights, whose scores are centred in one rounding, so do those whose exponents of 2 are beyond this one
 LARGEST_EXPONENT = 2.0**20
-# how far below a row's maximum, as an exponent of 2, its keys have no softmax mass
+# how far below a row's maximum, as an exponent of 2, keys have no softmax mass
 FAR = tl.constexpr(120.0)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -69,7 +69,7 @@ def unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str
         return f"it takes at most {LARGEST_GRID} rows of a batch, not {max(query.shape[:2])}"
     if query.device.type not in ("cuda", "xpu") and not INTERPRETED.value:
         return f"Triton has no backend for {query.device.type} tensors"
-    if query.is_cuda and 0 < _target(query.device)[1] < 80:
+    if query.is_cuda and 0 < _target(query.device)[0] < 80:
         return "Triton uses the tensor cores of compute capability 8.0 and newer only"
     return None
 
@@ -460,7 +460,7 @@ def _resident_kernel(
         highest = tl.maximum(highest, c[i])
     # where all is masked the peak stays finite, and -inf stays -inf
     peak = tl.maximum(peak, tl.max(highest, 1))
-    centre = tl.maximum(centre, peak - FAR / gain) if MIX else peak
+    centre = tl.where(centre < peak - FAR / gain, peak, centre) if MIX else peak
     scores = c
     c = ()
     for i in tl.static_range(0, N):
@@ -590,7 +590,7 @@ def _streaming_kernel(
             part_sum = part_sum * fewer + tl.sum(tl.where(part, p, 0.0), 1)
             centre = tl.maximum(centre, tl.max(tl.where(part, s, -float("inf")), 1))
         peak = higher
-    centre = tl.maximum(centre, peak - FAR / gain) if MIX else peak
+    centre = tl.where(centre < peak - FAR / gain, peak, centre) if MIX else peak
     part_sum = part_sum if MIX else dense_sum
 
     u = tl.full((BLOCK_Q,), 1.0, tl.float32) * start
@@ -653,16 +653,17 @@ def key_tiles(keys: int) -> tuple[int, int]:
     return width, triton.cdiv(keys, width)
 
 
-def configuration(queries: int, keys: int, width: int, dtype: torch.dtype, hip: bool = False) -> dict[str, int]:
+def configuration(queries: int, keys: int, width: int, dtype: torch.dtype, wave: int = 0) -> dict[str, int]:
     """Tile sizes and warps. A table, not a search: the first image must not wait for one.
 
-    A warp owns whole rows as long as their scores fit its registers: sums over keys then never leave the warp.
+    A warp owns whole rows as long as their scores fit its registers: sums over keys then never leave the warp. wave:
+    the lanes of an AMD warp, 0 elsewhere.
     """
     padded = max(16, triton.next_power_of_2(width))
     if not is_resident(keys, dtype):
-        block_q, block_d = (16 if dtype == torch.float32 else 64), padded
-        tiles = {"BLOCK_K": 64 if padded <= 128 else 32, "BLOCK_D": block_d}
-        warps = 4 if padded <= 128 else 8
+        block_q = 16 if dtype == torch.float32 else 32 if wave == 32 else 64
+        tiles = {"BLOCK_K": 64 if padded <= 128 else 32, "BLOCK_D": padded}
+        warps = 8 if wave == 32 or padded > 128 else 4
     else:
         block_k, number = key_tiles(keys)
         # slices of the width: 80 is 32 + 32 + 16, not 128; many keys leave few registers for wide ones
@@ -670,14 +671,19 @@ def configuration(queries: int, keys: int, width: int, dtype: torch.dtype, hip: 
         block_q, warps = (64, 4) if keys <= 160 else (32, 4) if keys <= 256 else (16, 4)
         if keys > 160:
             block_d = 32
-        block_v = min(padded, 64)
+        block_v = min(padded, 64 if keys <= 112 or keys > 160 else 32)
         if dtype == torch.float32:
             # no tensor cores: products and scores share the registers
-            block_q, block_d, block_v = 16, min(block_d, 32 if keys <= 160 else 16), min(block_v, 32)
+            block_q, block_d, block_v = 16, min(block_d, 32 if keys <= 160 else 16), min(block_v, 32 if keys <= 160 else 16)
             warps = 4 if keys <= 160 else 8
+        elif wave == 32 and (keys > 112 or padded > 128):
+            # operands of its products lie in registers twice
+            warps = 8 if keys <= 256 or padded <= 128 else 4
+            block_v = min(block_v, 32) if padded > 128 else block_v
         tiles = {"BLOCK_K": block_k, "N": number, "BLOCK_D": block_d, "BLOCK_V": block_v, "STAGES": 2}
     block_q = min(block_q, max(16, triton.next_power_of_2(queries)))
-    return {"BLOCK_Q": block_q, **tiles, "num_warps": warps, "num_stages": 2}
+    # sums of products are meant to be one rounding, which Triton 3.10 no longer takes for granted
+    return {"BLOCK_Q": block_q, **tiles, "num_warps": warps, "num_stages": 2, "enable_fp_fusion": True}
 
 
 def enough(alpha: float, keys: int, dtype: torch.dtype) -> float:
@@ -716,10 +722,10 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def plan(
     queries: int, keys: int, width: int, value_width: int, dtype: torch.dtype, scale: float, alpha: float,
-    dense: float, sparse: float, mask: torch.dtype | None, mix: bool, mass: int, ptx: int, hip: bool, wide: bool,
+    dense: float, sparse: float, mask: torch.dtype | None, mix: bool, mass: int, ptx: int, wave: int, wide: bool,
 ) -> Plan:  # fmt: skip
     """The kernel for a problem. mask: its dtype; mass: 0 none, 1 given, 2 from a log-sum-exp; ptx: the compute
-    capability as two digits, 0 where it is not NVIDIA's; wide: offsets within a head exceed 32 bits.
+    capability as two digits, 0 where it is not NVIDIA's; wave: the lanes of an AMD warp, or 0; wide: offsets within a head exceed 32 bits.
     """
     steps, start = newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK, 0.0
     if alpha == 1.0 or sparse == 0.0:
@@ -733,7 +739,7 @@ def plan(
     gain = (scale if folded else 1.0) * LOG2_E.value
     limit = min(LARGEST_SCORE, LARGEST_EXPONENT / gain) if lean else LARGEST_SCORE
     common = alpha in (1.5, 2.0)
-    config = configuration(queries, keys, max(width, value_width), dtype, hip)
+    config = configuration(queries, keys, max(width, value_width), dtype, wave)
     numbers = (
         steps, scale, gain, limit, start, b, enough(alpha, keys, dtype), weights.dense, weights.sparse, weights.factor,
         0.0 if mask in (None, torch.bool) else torch.finfo(mask).min, torch.finfo(dtype).max,
@@ -769,11 +775,11 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
     strides = query.stride(), key.stride(), value.stride()
     row = max(abs(s[2]) for s in (*strides, mask_strides)) * (max(queries, keys) + MAX_TILE)
     column = max(abs(s[3]) for s in (*strides, mask_strides)) * (max(width, value_width, keys) + MAX_TILE)
-    is_hip, ptx = _target(query.device)
+    ptx, wave = _target(query.device)
     kernel, block_q, numbers, constants = plan(
         queries, keys, width, value_width, query.dtype, scale, alpha, dense, sparse,
         None if mask is None else mask.dtype, mix_mask is not None, 0 if factor is None else 1 if row_lse is None else 2,
-        ptx, is_hip, row + column >= 2**31 or out.numel() >= 2**31,
+        ptx, wave, row + column >= 2**31 or out.numel() >= 2**31,
     )  # fmt: skip
     grid = -(-queries // block_q), heads, batch
     with _on_device(query.device):
@@ -788,14 +794,14 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
 
 
 @lru_cache
-def _target(device: torch.device) -> tuple[bool, int]:
-    """Whether it is AMD's, and NVIDIA's compute capability as two digits."""
+def _target(device: torch.device) -> tuple[int, int]:
+    """NVIDIA's compute capability as two digits, and the lanes of an AMD warp; 0 where it is another's."""
     if device.type != "cuda":
-        return False, 0
+        return 0, 0
     if torch.version.hip is not None:
-        return True, 0
+        return 0, getattr(torch.cuda.get_device_properties(device), "warp_size", 32)
     major, minor = torch.cuda.get_device_capability(device)
-    return False, 10 * major + minor
+    return 10 * major + minor, 0
 
 
 def _on_device(device: torch.device):
