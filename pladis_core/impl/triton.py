@@ -69,9 +69,18 @@ def unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str
         return f"it takes at most {LARGEST_GRID} rows of a batch, not {max(query.shape[:2])}"
     if query.device.type not in ("cuda", "xpu") and not INTERPRETED.value:
         return f"Triton has no backend for {query.device.type} tensors"
-    if query.is_cuda and 0 < _target(query.device)[0] < 80:
+    capability, wave = _target(query.device)
+    if 0 < capability < 80:
         return "Triton uses the tensor cores of compute capability 8.0 and newer only"
+    if wave and spills_on_amd(key.shape[-2], max(query.shape[-1], value.shape[-1]), query.dtype, wave):
+        return f"{key.shape[-2]} keys of width {query.shape[-1]} in {query.dtype} leave AMD's registers"
     return None
+
+
+def spills_on_amd(keys: int, width: int, dtype: torch.dtype, wave: int) -> bool:
+    """Where the code for AMD does not fit into registers: left to `portable`."""
+    streamed = wave == 32 and width > 64 and not is_resident(keys, dtype)
+    return streamed or (dtype == torch.float32 and keys > 112) or (width > 128 and keys > 160)
 
 
 @triton.jit
@@ -317,7 +326,11 @@ def _mixed(
         p = _exp2(c + (rise - tl.log2(4.0 * dense_sum))[:, None], PTX) * tl.where(part, dense, dense + sparse)
     else:
         p = _exp2(c + rise[:, None] if MIX else c, PTX)
-        p *= (0.25 / dense_sum)[:, None] * tl.where(part, dense, dense + sparse) if MIX else (0.25 * dense / dense_sum)[:, None]
+        p *= (
+            (0.25 / dense_sum)[:, None] * tl.where(part, dense, dense + sparse)
+            if MIX
+            else (0.25 * dense / dense_sum)[:, None]
+        )
     return p + entmax if UNIT and not EXACT and not MIX else tl.fma(entmax, sparse_factor, p)
 
 
@@ -325,9 +338,7 @@ def _mixed(
 def _saturated(x, Out, largest, PTX: tl.constexpr):
     """x in the output's dtype, its largest value where x is beyond."""
     if PTX and Out.dtype.element_ty == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "cvt.rn.satfinite.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, True, 2
-        )
+        return tl.inline_asm_elementwise("cvt.rn.satfinite.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, True, 2)
     if PTX and Out.dtype.element_ty == tl.float16:
         return tl.inline_asm_elementwise("cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.float16, True, 2)
     return tl.minimum(tl.maximum(x, -largest), largest).to(Out.dtype.element_ty)
@@ -365,7 +376,9 @@ def _store(Out, factor, acc, rows, dims, n_queries, stride_oq, largest, DV, PTX:
 
 
 @triton.jit
-def _row_moments(c, u, b, part, N: tl.constexpr, ALPHA: tl.constexpr, POWER: tl.constexpr, MIX: tl.constexpr, PTX: tl.constexpr):
+def _row_moments(
+    c, u, b, part, N: tl.constexpr, ALPHA: tl.constexpr, POWER: tl.constexpr, MIX: tl.constexpr, PTX: tl.constexpr
+):
     """Row sums of r^p and r^(p - 1) over all N tiles."""
     totals, slopes = _terms(c[0], u, b, part[0], ALPHA, POWER, MIX, PTX)
     for i in tl.static_range(1, N):
@@ -435,11 +448,45 @@ def _resident_kernel(
     for _ in tl.static_range(0, N):
         scores = scores + (tl.zeros((BLOCK_Q, BLOCK_K), tl.float32),)
     if D <= BLOCK_D:
-        scores = _products(Q, K, scores, rows, cols, 0, n_queries, n_keys, stride_qq, stride_qd, stride_kk, stride_kd, D, N, BLOCK_K, BLOCK_D)
+        scores = _products(
+            Q,
+            K,
+            scores,
+            rows,
+            cols,
+            0,
+            n_queries,
+            n_keys,
+            stride_qq,
+            stride_qd,
+            stride_kk,
+            stride_kd,
+            D,
+            N,
+            BLOCK_K,
+            BLOCK_D,
+        )
     else:
         # a loop: copies into shared memory run ahead of it and take no registers
         for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-            scores = _products(Q, K, scores, rows, cols, d, n_queries, n_keys, stride_qq, stride_qd, stride_kk, stride_kd, D, N, BLOCK_K, BLOCK_D)
+            scores = _products(
+                Q,
+                K,
+                scores,
+                rows,
+                cols,
+                d,
+                n_queries,
+                n_keys,
+                stride_qq,
+                stride_qd,
+                stride_kk,
+                stride_kd,
+                D,
+                N,
+                BLOCK_K,
+                BLOCK_D,
+            )
     c = ()
     part = ()
     peak = tl.full((BLOCK_Q,), -1.0, tl.float32) * limit
@@ -495,8 +542,20 @@ def _resident_kernel(
     for i in tl.static_range(0, N):
         w = _entmax(c[i], u, step, total, slope, b, part[i], ALPHA, POWER, EXACT, MIX, PTX)
         w = _mixed(
-            w, c[i], rise, part[i], dense, sparse, sparse_factor, dense_sum,
-            EXACT, UNIT, NEGATIVE, N * BLOCK_K > 160, MIX, PTX,
+            w,
+            c[i],
+            rise,
+            part[i],
+            dense,
+            sparse,
+            sparse_factor,
+            dense_sum,
+            EXACT,
+            UNIT,
+            NEGATIVE,
+            N * BLOCK_K > 160,
+            MIX,
+            PTX,
         )
         w = w.to(V.dtype.element_ty)
         if NORMALISE:
@@ -624,9 +683,9 @@ def _streaming_kernel(
         )  # fmt: skip
         c = _centred(s, centre, gain, EXACT)
         w = _entmax(c, u, step, total, slope, b, part, ALPHA, POWER, EXACT, MIX, PTX)
-        w = _mixed(
-            w, c, rise, part, dense, sparse, sparse_factor, dense_sum, EXACT, UNIT, NEGATIVE, True, MIX, PTX
-        ).to(V.dtype.element_ty)
+        w = _mixed(w, c, rise, part, dense, sparse, sparse_factor, dense_sum, EXACT, UNIT, NEGATIVE, True, MIX, PTX).to(
+            V.dtype.element_ty
+        )
         if NORMALISE:
             weight_sums = _dot(w, tl.full((BLOCK_K, 16), 1.0, V.dtype.element_ty), weight_sums)
         cols = first + tl.arange(0, BLOCK_K)
@@ -674,12 +733,15 @@ def configuration(queries: int, keys: int, width: int, dtype: torch.dtype, wave:
         block_v = min(padded, 64 if keys <= 112 or keys > 160 else 32)
         if dtype == torch.float32:
             # no tensor cores: products and scores share the registers
-            block_q, block_d, block_v = 16, min(block_d, 32 if keys <= 160 else 16), min(block_v, 32 if keys <= 160 else 16)
+            block_q, block_d, block_v = (
+                16,
+                min(block_d, 32 if keys <= 160 else 16),
+                min(block_v, 32 if keys <= 160 else 16),
+            )
             warps = 4 if keys <= 160 else 8
-        elif wave == 32 and (keys > 112 or padded > 128):
+        elif wave == 32 and 112 < keys <= 256:
             # operands of its products lie in registers twice
-            warps = 8 if keys <= 256 or padded <= 128 else 4
-            block_v = min(block_v, 32) if padded > 128 else block_v
+            warps = 8
         tiles = {"BLOCK_K": block_k, "N": number, "BLOCK_D": block_d, "BLOCK_V": block_v, "STAGES": 2}
     block_q = min(block_q, max(16, triton.next_power_of_2(queries)))
     # sums of products are meant to be one rounding, which Triton 3.10 no longer takes for granted

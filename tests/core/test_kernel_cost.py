@@ -1,4 +1,4 @@
-"""The kernel's machine code for GPUs that are not here: no row gets worse than recorded in benchmarks/kernel_cost.json."""
+"""The kernel's machine code for GPUs that are not here: no row is worse than in benchmarks/kernel_cost.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ pytest.importorskip("triton", reason="no Triton on this system")
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads(kernel_cost.RECORD.read_text(encoding="utf-8"))
 # a few that compile fast; all: python -m benchmarks.kernel_cost --check
-FEW = ("sm_90 77x64 bf16 1.5", "sm_90 77x64 bf16 2", "sm_90 512x128 bf16 1.5", "gfx1100 77x64 bf16", "gfx942 512x128 bf16")
+FEW = (
+    "sm_90 77x64 bf16 1.5",
+    "sm_90 77x64 bf16 2",
+    "sm_90 512x128 bf16 1.5",
+    "gfx1100 77x64 bf16",
+    "gfx942 512x128 bf16",
+)
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_120", "gfx942", "gfx1100", "gfx1201")
 
 
@@ -79,5 +85,3 @@ def test_the_branch_of_an_instruction_is_read():
     assert (registers, spilled) == (42, 8)
     assert [goal for _, _, goal in code] == [None, None, 1]
     assert kernel_cost.weighted(code, 5, 1) == 1 + 5 * 2
-
-

@@ -309,7 +309,9 @@ def test_a_kernel_that_fails_is_reported_once_and_not_tried_again(failing, caplo
 
 
 def test_one_problem_that_fails_does_not_turn_the_kernel_off_for_the_others(failing, caplog):
-    failing.error = lambda query, key, *rest: RuntimeError("out of resource: shared memory") if key.shape[2] > 100 else None
+    failing.error = lambda query, key, *rest: (
+        RuntimeError("out of resource: shared memory") if key.shape[2] > 100 else None
+    )
     small, large = tensors("sdxl 64"), tensors("sd15 80")
     with caplog.at_level(logging.WARNING):
         for inputs in (small, large, small, large, small):
@@ -329,7 +331,9 @@ def test_where_the_driver_has_no_memory_left_it_is_tried_once_more(failing, capl
     assert not caplog.records
 
 
-@pytest.mark.parametrize("error", (torch.cuda.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")))
+@pytest.mark.parametrize(
+    "error", (torch.cuda.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory"))
+)
 def test_running_out_of_memory_says_nothing_about_the_kernel(failing, error):
     failing.error = lambda *args: error
     for _ in range(2):
@@ -426,7 +430,9 @@ def test_keys_of_a_mix_mask_that_lie_far_below_the_others():
     part = torch.zeros(query.shape[0], key.shape[2], dtype=torch.bool, device=DEVICE)
     part[:, 2:4] = True
     out = attend(query, key, value, part=part)
-    torch.testing.assert_close(out.double(), mixed_in_part(query, key, value, part, None, 1.5, -1.0, 2.0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        out.double(), mixed_in_part(query, key, value, part, None, 1.5, -1.0, 2.0), atol=1e-4, rtol=0
+    )
 
 
 def test_rounded_weights_add_up():
@@ -459,4 +465,6 @@ def test_scores_far_from_zero(dtype):
     """Centring in one rounding moves a row as a whole: what its largest scores weigh stays."""
     query, key, value = tensors("odd", dtype)
     query[..., 0], key[..., 0] = 64.0, 256.0
-    assert_as_good_as_naive(pladis_attention(query, key, value, scale=1.0, backend="triton"), query * 5**0.5, key, value)
+    assert_as_good_as_naive(
+        pladis_attention(query, key, value, scale=1.0, backend="triton"), query * 5**0.5, key, value
+    )
