@@ -6,7 +6,6 @@ softmax(S) by (1 - lam) * softmax(S) + lam * entmax_alpha(S), S the scaled score
 
 from __future__ import annotations
 
-import logging
 import math
 from functools import partial
 from importlib.util import find_spec
@@ -14,11 +13,10 @@ from importlib.util import find_spec
 import torch
 
 from . import operators
-from .impl import cpu, eager, gradient
+from .impl import cpu, eager, gradient, trial
 from .impl.common import wants_grad
 
 BACKENDS = ("auto", "reference", "portable", "eager", "triton")
-LOGGER = logging.getLogger(__name__)
 # far beyond any use, and far from where weights would overflow
 MAX_LAM = 1e6
 MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -225,21 +223,10 @@ def _fused(query, key, value, *rest) -> torch.Tensor:
 
 def _fastest(query, key, value, *rest) -> torch.Tensor:
     """The fused kernel where it works, eager elsewhere."""
-    global _triton_works
     if _triton_works and _has_gpu_compiler(query.device):
-        try:
-            from .impl import triton
-
-            if triton.unusable(query, key, value) is None:
-                return triton.attend(query, key, value, *rest)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:  # compilers, linkers, drivers and old releases fail each in a way of its own
-            _triton_works = False
-            LOGGER.warning(
-                "PLADIS: Triton fails on this machine (%s: %s). From now on without its kernel: same images, slower.",
-                type(error).__name__, next(iter(str(error).splitlines()), ""),
-            )  # fmt: skip
+        out = _trials.attend(query, key, value, *rest)
+        if out is not None:
+            return out
     return _eager(query, key, value, *rest)
 
 
@@ -247,8 +234,9 @@ def _has_gpu_compiler(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
-# ComfyUI on Windows often comes without Triton: nothing to report. After one failure it is not tried again.
+# ComfyUI on Windows often comes without Triton: nothing to report
 _triton_works = find_spec("triton") is not None
+_trials = trial.Trials()
 
 
 def _check_mix(lam: float, alpha: float) -> None:

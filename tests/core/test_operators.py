@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from pladis_core import pladis_attention, pladis_correction, pladis_weights
 
+
 def attention(query, key, value):
     # older exports refuse tensors that are global
     keys = torch.arange(21, device=query.device)
