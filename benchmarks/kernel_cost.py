@@ -252,7 +252,10 @@ def amd_code(assembly: str) -> tuple[Code, int, int]:
         ):
             code.append(text)
     goal = [re.match(r"s_c?branch\w*\s+(\.LBB\w+)", text) for text in code]
-    found = [(place, text, labels.get(to[1]) if to else None) for place, (text, to) in enumerate(zip(code, goal, strict=True))]
+    found = [
+        (place, text, labels.get(to[1]) if to else None)
+        for place, (text, to) in enumerate(zip(code, goal, strict=True))
+    ]
     count = {
         name: int(value) for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", assembly)
     }

@@ -787,7 +787,8 @@ def plan(
     dense: float, sparse: float, mask: torch.dtype | None, mix: bool, mass: int, ptx: int, wave: int, wide: bool,
 ) -> Plan:  # fmt: skip
     """The kernel for a problem. mask: its dtype; mass: 0 none, 1 given, 2 from a log-sum-exp; ptx: the compute
-    capability as two digits, 0 where it is not NVIDIA's; wave: the lanes of an AMD warp, or 0; wide: offsets within a head exceed 32 bits.
+    capability as two digits, 0 where it is not NVIDIA's; wave: the lanes of an AMD warp, or 0; wide: offsets
+    within a head exceed 32 bits.
     """
     steps, start = newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK, 0.0
     if alpha == 1.0 or sparse == 0.0:
@@ -840,8 +841,8 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
     ptx, wave = _target(query.device)
     kernel, block_q, numbers, constants = plan(
         queries, keys, width, value_width, query.dtype, scale, alpha, dense, sparse,
-        None if mask is None else mask.dtype, mix_mask is not None, 0 if factor is None else 1 if row_lse is None else 2,
-        ptx, wave, row + column >= 2**31 or out.numel() >= 2**31,
+        None if mask is None else mask.dtype, mix_mask is not None,
+        0 if factor is None else 1 if row_lse is None else 2, ptx, wave, row + column >= 2**31 or out.numel() >= 2**31,
     )  # fmt: skip
     grid = -(-queries // block_q), heads, batch
     with _on_device(query.device):
