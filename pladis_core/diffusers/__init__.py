@@ -95,7 +95,7 @@ class PladisHandle:
 
     def _text_attention(self, network: nn.Module, family: Family, path: str) -> Callable[..., Any]:
         """What a text module does when it is called. Compiled code calls it and goes on behind it."""
-        network = ref(network)
+        network_ref = ref(network)
 
         @torch.compiler.disable
         def call(module, *args, **kwargs):
@@ -103,7 +103,7 @@ class PladisHandle:
             if not self._settings.lam:
                 return plain()
             _check_processor(family, module, path)
-            row = _current_row(network(), path) if family.row else None
+            row = _current_row(network_ref(), path) if family.row else None
             with TextAttention(self._settings, row, _text_call(module)) as mode:
                 out = plain()
             if not mode.reached:
@@ -157,10 +157,10 @@ class PladisHandle:
 def _networks(model_or_pipeline) -> list[nn.Module]:
     """The networks to put PLADIS into, without torch.compile's wrapper."""
     if isinstance(model_or_pipeline, nn.Module):
-        found = [model_or_pipeline]
+        held: list[nn.Module | None] = [model_or_pipeline]
     else:
-        found = [getattr(model_or_pipeline, name, None) for name in NETWORKS]
-    found = [getattr(network, "_orig_mod", network) for network in found if network is not None]
+        held = [getattr(model_or_pipeline, name, None) for name in NETWORKS]
+    found = [getattr(network, "_orig_mod", network) for network in held if network is not None]
     unknown = [type(network).__name__ for network in found if family_of(network) is None]
     if unknown or not found:
         what = f"a {unknown[0]}" if unknown else f"what a {type(model_or_pipeline).__name__} has"
@@ -173,6 +173,7 @@ def _networks(model_or_pipeline) -> list[nn.Module]:
 
 def _layers_of(network: nn.Module, layers: str | Sequence[str]) -> tuple[Family, dict[str, nn.Module]]:
     family = family_of(network)
+    assert family is not None, "not from _networks()"
     modules = text_modules(family, network)
     if not modules:
         raise ValueError(

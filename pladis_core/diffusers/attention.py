@@ -61,8 +61,8 @@ class TextAttention(TorchFunctionMode):
         self.reached += 1
         if attn_mask is not None:
             attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
-        compute = self._whole_rows if self.row is None else self._joint
-        return compute(dense, query, key, value, attn_mask, scale, enable_gqa)
+        arguments = (dense, query, key, value, attn_mask, scale, enable_gqa)
+        return self._whole_rows(*arguments) if self.row is None else self._joint(self.row, *arguments)
 
     def _is_text(self, queries: int, keys: int) -> bool:
         if self.row is None:
@@ -77,9 +77,10 @@ class TextAttention(TorchFunctionMode):
             return pladis_attention(query, key, value, mask, scale, **options)
         return add_capped(dense(), pladis_correction(query, key, value, mask, scale, **options), cap)
 
-    def _joint(self, dense, query, key, value, mask, scale, gqa) -> torch.Tensor:
+    def _joint(self, row: Row, dense, query, key, value, mask, scale, gqa) -> torch.Tensor:
         lam, alpha, cap = self.settings
-        text, image = self.row.text, self.row.image
+        text, image = row.text, row.image
+        lengths = None if row.lengths is None else row.lengths.to(query.device)[:, None, None, None]
         with_lse = attention_with_lse(query, key, value, mask, scale, enable_gqa=gqa)
         queries, rows_mask = query[:, :, image], _rows_of(mask, image)
         if with_lse is None:
@@ -87,27 +88,27 @@ class TextAttention(TorchFunctionMode):
         else:
             out, lse = with_lse[0], with_lse[1][:, :, image]
         text_mask = None if rows_mask is None else rows_mask[..., text]
-        if self.row.lengths is not None:
-            text_mask = _and(text_mask, self._columns(query.device), query.dtype)
+        if lengths is not None:
+            text_mask = _and(text_mask, _text_columns(row, lengths), query.dtype)
         correction = joint_correction(
             queries, key[:, :, text], value[:, :, text], lse, text_mask, scale, lam=lam, alpha=alpha, enable_gqa=gqa
         )
-        if self.row.lengths is not None:
+        if lengths is not None:
             # the longer prompts' text is not the image's
-            correction = correction.masked_fill(~self._rows(query.device), 0.0)
+            correction = correction.masked_fill(~_image_rows(row, lengths), 0.0)
         kept = out[:, :, image]
         out[:, :, image] = add_capped(kept, correction, cap) if cap else kept + correction
         return out
 
-    def _columns(self, device: torch.device) -> torch.Tensor:
-        """(B, 1, 1, Lt): which columns are text of this prompt."""
-        lengths = self.row.lengths.to(device)[:, None, None, None]
-        return torch.arange(self.row.text.stop, device=device) < lengths
 
-    def _rows(self, device: torch.device) -> torch.Tensor:
-        """(B, 1, Lq, 1): which of the rows in `image` are not text of this prompt."""
-        lengths = self.row.lengths.to(device)[:, None, None, None]
-        return torch.arange(self.row.image.start, self.row.length, device=device)[:, None] >= lengths
+def _text_columns(row: Row, lengths: torch.Tensor) -> torch.Tensor:
+    """(B, 1, 1, Lt): which columns are text of this prompt; lengths (B, 1, 1, 1)."""
+    return torch.arange(row.text.stop, device=lengths.device) < lengths
+
+
+def _image_rows(row: Row, lengths: torch.Tensor) -> torch.Tensor:
+    """(B, 1, Lq, 1): which of the rows in `image` are not text of this prompt; lengths (B, 1, 1, 1)."""
+    return torch.arange(row.image.start, row.length, device=lengths.device)[:, None] >= lengths
 
 
 def _rows_of(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ an older diffusers lacks costs nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -53,7 +53,7 @@ class Family:
     row: RowOf | None = None
 
 
-def patches(network: nn.Module, latent: torch.Tensor) -> int:
+def patches(network: Any, latent: torch.Tensor) -> int:
     """Tokens of a latent (B, C, [frames,] height, width)."""
     frames = latent.shape[2] // (getattr(network.config, "patch_size_t", None) or 1) if latent.ndim == 5 else 1
     return frames * prod(side // network.config.patch_size for side in latent.shape[-2:])
@@ -70,7 +70,7 @@ def image_first(network: nn.Module, arguments: Arguments) -> Row:
     return Row(text + image, slice(image, None), slice(0, image))
 
 
-def auraflow(network: nn.Module, arguments: Arguments) -> Row:
+def auraflow(network: Any, arguments: Arguments) -> Row:
     """Learned registers come first, which are no text."""
     registers = network.register_tokens.shape[1]
     text, image = arguments["encoder_hidden_states"].shape[1], patches(network, arguments["hidden_states"])
@@ -145,7 +145,7 @@ def text_modules(family: Family, network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def chosen_layers(layers: str | list[str] | tuple[str, ...], paths: list[str]) -> list[str]:
+def chosen_layers(layers: str | Sequence[str], paths: list[str]) -> list[str]:
     """The paths that `layers` of `apply_pladis` means.
 
     Raises:

@@ -116,8 +116,8 @@ def _compiler() -> list[str] | None:
     if not names[0]:
         names = [["g++"], ["clang++"]]
     # the loop is written for POSIX
-    found = [] if os.name == "nt" else [(shutil.which(name), *options) for name, *options in names]
-    return next((list(command) for command in found if command[0]), None)
+    found = [] if os.name == "nt" else [(shutil.which(name), options) for name, *options in names]
+    return next(([path, *options] for path, options in found if path), None)
 
 
 def _kept_or_compiled(command: list[str]) -> tuple[ctypes.CDLL, str]:
@@ -128,15 +128,15 @@ def _kept_or_compiled(command: list[str]) -> tuple[ctypes.CDLL, str]:
         return _load(kept), f"kept in {kept}"
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix="making", dir=kept.parent)
+        folder, writable = tempfile.TemporaryDirectory(prefix="making", dir=kept.parent), True
     except OSError:
-        kept, folder = None, tempfile.TemporaryDirectory(prefix="pladis")
+        folder, writable = tempfile.TemporaryDirectory(prefix="pladis"), False
     with folder as name:
         made = Path(name) / "cpu.so"
         compile_it = [*command, *FLAGS, str(SOURCE), "-o", str(made)]
         subprocess.run(compile_it, check=True, capture_output=True, text=True, timeout=120)
         loop = _load(made)
-        if kept is None:
+        if not writable:
             return loop, f"not kept, as {root} cannot be written to"
         # at once, so that another process never sees a part of it
         made.replace(kept)

@@ -18,7 +18,7 @@ BROKEN_CONTEXT = (
 class Trials:
     """Devices, and problems on devices where the kernel has run before, on which it failed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._ran: set[torch.device] = set()
         self._failed: set = set()
 

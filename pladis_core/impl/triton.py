@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -778,7 +779,7 @@ class Plan(NamedTuple):
     kernel: triton.JITFunction
     block_q: int
     numbers: tuple[float, ...]
-    constants: dict[str, object]
+    constants: Mapping[str, object]
 
 
 @lru_cache(maxsize=1024)
