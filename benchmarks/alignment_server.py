@@ -1,4 +1,4 @@
-"""The same question on real checkpoints: a workflow, prompts, seeds and lambdas -> pictures, scores, a table, a grid.
+"""The same question on real checkpoints: a workflow, prompts, seeds and settings -> pictures, scores, a table, a grid.
 
 Every picture is one file, written whole; what is there is not made again. So a run that was stopped, crashed or lost
 its server goes on with the same command.
@@ -9,113 +9,296 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from . import comfy_client
 from .comfy_client import PATIENCE, ComfyClient
 
-APPLY = ("PLADISApply", "PLADISApplyAdvanced")
+APPLY, ADVANCED = "PLADISApply", "PLADISApplyAdvanced"
+# what the simple node amounts to
+LIKE_APPLY = {"layers": "all", "blocks": "", "apply_to": "both"}
+TEMPERATURE = "PLADISTemperatureControl"
+TEMPERATURE_FOLDER = Path(__file__).parent / "temperature_node"
+# of Apply PLADIS: the rest is about entmax
+TEMPERATURE_INPUTS = (
+    "model", "start_percent", "end_percent", "layers", "blocks", "apply_to", "force_unknown", "norm_cap", "tokens",
+    "clip", "prompt",
+)  # fmt: skip
 SEED_INPUTS = ("seed", "noise_seed")
 PLACEHOLDER = "{prompt}"
+# as ComfyUI's loaders list them, with folders
+WEIGHTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+FOLDERS, ABSOLUTE = re.compile(r"^.*[\\/]"), re.compile(r"/\w|\\\\|[A-Za-z]:[\\/]")
+# in the folder of pictures: which servers made them
+VERSIONS = "servers.json"
 # attempts at a job on a worker that died, and restarts of a worker: Ray's own
 RETRIES = 3
-Scorer = Callable[[Sequence[str], Sequence[Path]], list[float]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a picture is made with besides its prompt and seed; None: as the workflow has it.
+
+    Lambda 0 is softmax. With a temperature, softmax of that many times the scores takes the place of PLADIS.
+    """
+
+    lam: float = 0.0
+    tokens: str | None = None
+    norm_cap: float | None = None
+    temperature: float | None = None
+    cfg: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Of file names: what differs from the workflow."""
+        parts = [f"l{self.lam:g}" if self.temperature is None else f"t{self.temperature:g}"]
+        parts += [] if self.tokens is None else [self.tokens.replace(" ", "-")]
+        parts += [] if self.norm_cap is None else [f"c{self.norm_cap:g}"]
+        parts += [] if self.cfg is None else [f"g{self.cfg:g}"]
+        return "_".join(parts)
+
+    @property
+    def label(self) -> str:
+        """`lambda 2, words only, norm_cap 1`, at whatever CFG; of a setting that `Template.whole` gave."""
+        parts = ["softmax" if self.lam == 0.0 else f"lambda {self.lam:g}"]
+        if self.temperature is not None:
+            parts = [f"temperature {self.temperature:g}"]
+        parts += [self.tokens] if self.tokens not in (None, "all") else []
+        return ", ".join(parts + ([f"norm_cap {self.norm_cap:g}"] if self.norm_cap else []))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to be made: number of its prompt, seed, lambda."""
+    """One picture to be made: number of its prompt, seed, setting."""
 
     prompt: int
     seed: int
-    lam: float
+    setting: Setting
 
     @property
     def file(self) -> str:
-        return f"p{self.prompt:04}_s{self.seed}_l{self.lam:g}.png"
+        return f"p{self.prompt:04}_s{self.seed}_{self.setting.key}.png"
 
 
 # a job, its workflow, its name in the server's queue
 Task = tuple[Job, dict, str]
 Run = Callable[[Sequence[Task]], Iterator[tuple[Job, bytes]]]
+Scorer = Callable[[Sequence[str], Sequence[Path]], list[float]]
 
 
 class Template:
-    """A workflow in ComfyUI's API format with places for prompt, seed and lambda.
+    """A workflow in ComfyUI's API format with places for prompt, seed and setting.
 
     Args:
         workflow: node id -> {"class_type", "inputs"}, as `Export (API)` writes it.
         node: id or title of the Apply PLADIS node; the only one there is when None.
+        cfg_node: id or title of the node whose cfg is varied; the only one that has a number there when None.
 
     Raises:
         ValueError: not in API format, no such node or more than one, no {prompt} in any text, no seed.
     """
 
-    def __init__(self, workflow: dict, node: str | None = None) -> None:
+    def __init__(self, workflow: dict, node: str | None = None, cfg_node: str | None = None) -> None:
         nodes = workflow.values() if isinstance(workflow, dict) else [None]
         if not all(isinstance(entry, dict) and {"class_type", "inputs"} <= entry.keys() for entry in nodes):
             raise ValueError("the workflow is not in API format: in ComfyUI, Workflow > Export (API)")
         self.workflow = workflow
         self.apply = self._find_apply(node)
-        self.texts = [
-            (key, name)
-            for key, entry in workflow.items()
-            for name, value in entry["inputs"].items()
-            if isinstance(value, str) and PLACEHOLDER in value
-        ]
+        self.cfg_node = cfg_node
+        texts = [value for entry in workflow.values() for value in entry["inputs"].values() if isinstance(value, str)]
         self.seeds = [
             (key, name)
             for key, entry in workflow.items()
             for name in SEED_INPUTS
             if isinstance(entry["inputs"].get(name), int)
         ]
-        if not self.texts:
+        if not any(PLACEHOLDER in text for text in texts):
             raise ValueError(f"no text of the workflow holds {PLACEHOLDER}: put it where the prompt belongs")
         if not self.seeds:
             raise ValueError(f"no node of the workflow has {' or '.join(SEED_INPUTS)} as a value")
 
     def _find_apply(self, node: str | None) -> str:
-        found = {
-            key: entry.get("_meta", {}).get("title", "")
-            for key, entry in self.workflow.items()
-            if entry["class_type"] in APPLY
-        }
-        named = [key for key, title in found.items() if node in (None, key, title)]
+        named, listed = self._named(node, lambda entry: entry["class_type"] in (APPLY, ADVANCED))
         if len(named) != 1:
-            listed = ", ".join(f"{key} ({title})" for key, title in found.items()) or "none"
             asked = "an Apply PLADIS node" if node is None else f"an Apply PLADIS node named {node!r}"
             raise ValueError(f"the workflow must have {asked}, exactly one; it has: {listed}")
         return named[0]
 
-    def filled(self, prompt: str, seed: int, lam: float, prefix: str = "pladis") -> dict:
+    def _named(self, name: str | None, fits: Callable[[dict], bool]) -> tuple[list[str], str]:
+        """The nodes that fit and have this id or title, and all that fit, listed."""
+        found = {
+            key: entry.get("_meta", {}).get("title", "") for key, entry in self.workflow.items() if fits(entry)
+        }
+        named = [key for key, title in found.items() if name in (None, key, title)]
+        return named, ", ".join(f"{key} ({title})" for key, title in found.items()) or "none"
+
+    def _cfgs(self) -> tuple[list[str], str]:
+        def has_a_number(entry: dict) -> bool:
+            value = entry["inputs"].get("cfg")
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+        return self._named(self.cfg_node, has_a_number)
+
+    def find_cfg(self) -> str:
+        """The node whose cfg is varied.
+
+        Raises:
+            ValueError: there is none, or several.
+        """
+        named, listed = self._cfgs()
+        if len(named) != 1:
+            asked = "a node with cfg as a number" if self.cfg_node is None else f"such a node named {self.cfg_node!r}"
+            raise ValueError(
+                f"--cfgs needs {asked} (KSampler, CFGGuider, ...), exactly one; the workflow has: {listed}. Name one "
+                "with --cfg-node, write the number into the node where it comes by a link, or leave --cfgs out"
+            )
+        return named[0]
+
+    def own(self) -> dict[str, Any]:
+        """What the workflow has where a setting may differ; None where that cannot be told."""
+        inputs = self.workflow[self.apply]["inputs"]
+        named, _ = self._cfgs()
+        own = {
+            "tokens": inputs.get("tokens", "all"), "norm_cap": inputs.get("norm_cap", 0.0),
+            "cfg": self.workflow[named[0]]["inputs"]["cfg"] if len(named) == 1 else None,
+        }  # fmt: skip
+        return {name: None if isinstance(value, list) else value for name, value in own.items()}
+
+    def whole(self, setting: Setting) -> Setting:
+        """The setting with what it leaves to the workflow; softmax has no tokens to choose."""
+        own = self.own()
+        names = ("cfg",) if setting.lam == 0.0 and setting.temperature is None else tuple(own)
+        return replace(setting, **{name: own[name] for name in names if getattr(setting, name) is None})
+
+    def settings(
+        self,
+        lambdas: Sequence[float],
+        tokens: Sequence[str] = (),
+        norm_caps: Sequence[float] = (),
+        temperatures: Sequence[float] = (),
+        cfgs: Sequence[float] = (),
+        product: bool = False,
+    ) -> list[Setting]:
+        """Softmax, every lambda and every temperature, at every CFG.
+
+        Every lambda is run with the first of tokens and of norm_caps, and with each other one of the two in its place;
+        with `product` with each pair of them. Temperatures keep what the workflow has.
+
+        Raises:
+            ValueError: the workflow has no one cfg, or a schedule that temperatures cannot follow.
+        """
+        schedule = self.workflow[self.apply]["inputs"].get("scale_schedule", "constant")
+        if temperatures and schedule != "constant":
+            raise ValueError(
+                f"--temperatures cannot follow scale_schedule {schedule!r} of the workflow: set it to constant there, "
+                "or leave --temperatures out"
+            )
+        if cfgs:
+            self.find_cfg()
+        own = self.own()
+
+        def named(name: str, values: Sequence) -> list:
+            """None is the workflow's own, so that it has one name."""
+            return [None if value == own[name] else value for value in values] or [None]
+
+        kinds, caps = named("tokens", tokens), named("norm_cap", norm_caps)
+        pairs = [(kind, cap) for kind in kinds for cap in caps if product or kind == kinds[0] or cap == caps[0]]
+        arms = [Setting()]
+        arms += [Setting(lam, kind, cap) for kind, cap in pairs for lam in lambdas if lam != 0.0]
+        arms += [Setting(temperature=t) for t in temperatures]
+        return [replace(arm, cfg=cfg) for cfg in named("cfg", cfgs) for arm in arms]
+
+    def filled(self, prompt: str, seed: int, setting: Setting, prefix: str = "pladis") -> dict:
         """The workflow of one picture, saved under names that begin with `prefix`."""
         workflow = copy.deepcopy(self.workflow)
         for entry in workflow.values():
             entry.pop("_meta", None)
             if isinstance(entry["inputs"].get("filename_prefix"), str):
                 entry["inputs"]["filename_prefix"] = prefix
-        for key, name in self.texts:
-            workflow[key]["inputs"][name] = workflow[key]["inputs"][name].replace(PLACEHOLDER, prompt)
+        self._set(workflow, setting)
+        for entry in workflow.values():
+            for name, value in entry["inputs"].items():
+                if isinstance(value, str):
+                    entry["inputs"][name] = value.replace(PLACEHOLDER, prompt)
         for key, name in self.seeds:
             workflow[key]["inputs"][name] = seed
-        workflow[self.apply]["inputs"]["scale"] = lam
         return workflow
+
+    def _set(self, workflow: dict, setting: Setting) -> None:
+        node = workflow[self.apply]
+        if setting.cfg is not None:
+            workflow[self.find_cfg()]["inputs"]["cfg"] = setting.cfg
+        if setting.temperature is not None:
+            node["class_type"] = TEMPERATURE
+            node["inputs"] = {name: value for name, value in node["inputs"].items() if name in TEMPERATURE_INPUTS}
+            node["inputs"]["temperature"] = setting.temperature
+            return
+        node["inputs"]["scale"] = setting.lam
+        changes = {"tokens": setting.tokens, "norm_cap": setting.norm_cap}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if changes and node["class_type"] == APPLY:
+            node["class_type"] = ADVANCED
+            node["inputs"].update(LIKE_APPLY)
+        node["inputs"].update(changes)
+        if setting.tokens == "words only" and "clip" not in node["inputs"]:
+            _name_texts(workflow, node)
+
+    def public(self) -> dict:
+        """The workflow without folders of the machine that it is from."""
+
+        def cut(value: Any) -> Any:
+            is_file = isinstance(value, str) and (value.lower().endswith(WEIGHTS) or ABSOLUTE.match(value))
+            return FOLDERS.sub("", value) if is_file else value
+
+        return {
+            key: {
+                "class_type": entry["class_type"],
+                "inputs": {name: cut(value) for name, value in entry["inputs"].items()},
+            }
+            for key, entry in self.workflow.items()
+        }
+
+    def models(self) -> list[str]:
+        """The files of weights that the workflow loads; of the pack's own model the variant."""
+        found = set()
+        for entry in self.public().values():
+            for value in entry["inputs"].values():
+                if isinstance(value, str) and value.lower().endswith(WEIGHTS):
+                    found.add(value)
+            if entry["class_type"] == "PLADISDemoCheckpoint":
+                found.add(f"PLADIS demo model, {entry['inputs']['variant']}")
+        return sorted(found)
+
+
+def _name_texts(workflow: dict, apply: dict) -> None:
+    """words only needs what was encoded, and by whom: all texts of the one CLIP that there is."""
+    encoders = [
+        entry["inputs"]
+        for entry in workflow.values()
+        if isinstance(entry["inputs"].get("clip"), list) and isinstance(entry["inputs"].get("text"), str)
+    ]
+    clips = {tuple(inputs["clip"]) for inputs in encoders}
+    # else the node says what it misses, where it needs it
+    if len(clips) == 1:
+        apply["inputs"]["clip"] = list(*clips)
+        apply["inputs"]["prompt"] = "\n---\n".join(inputs["text"] for inputs in encoders)
 
 
 def make_images(
     template: Template,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    lambdas: Sequence[float],
+    settings: Sequence[Setting],
     folder: Path,
     servers: Sequence[str],
     ray_address: str | None = None,
@@ -129,13 +312,15 @@ def make_images(
         patience: seconds that a server may be away before it counts as lost.
 
     Raises:
-        ValueError: `folder` holds pictures of another workflow or of other prompts.
+        ValueError: `folder` holds pictures of another workflow or of other prompts, or a server lacks a node.
         WorkflowError, ConnectionError: as `ComfyClient.named_image`; finished pictures stay.
     """
     identity = _identity(template, prompts)
     _claim(folder, identity)
-    jobs = [Job(number, seed, lam) for number in range(len(prompts)) for seed in seeds for lam in lambdas]
+    jobs = [Job(number, seed, setting) for number in range(len(prompts)) for seed in seeds for setting in settings]
     missing = [job for job in jobs if not (folder / job.file).exists()]
+    if missing:
+        _meet(servers, {job.setting for job in missing}, folder, patience)
     tasks = [_task(template, prompts[job.prompt], job, str(uuid.uuid5(identity, job.file))) for job in missing]
     with (
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="pictures", unit="picture") as bar,
@@ -148,20 +333,61 @@ def make_images(
 
 def _task(template: Template, prompt: str, job: Job, name: str) -> Task:
     # under a name of its own: servers that share an output folder would choose the same number
-    return job, template.filled(prompt, job.seed, job.lam, prefix=f"pladis-alignment/{name}"), name
+    return job, template.filled(prompt, job.seed, job.setting, prefix=f"pladis-alignment/{name}"), name
 
 
 def _identity(template: Template, prompts: Sequence[str]) -> uuid.UUID:
     """Of everything that a picture depends on besides its job."""
-    text = json.dumps([template.filled(PLACEHOLDER, 0, 0.0), template.apply, list(prompts)], sort_keys=True)
-    return uuid.UUID(hashlib.sha256(text.encode()).hexdigest()[:32])
+    parts = [template.filled(PLACEHOLDER, 0, Setting()), template.apply, list(prompts)]
+    # left out where it is not chosen: folders of earlier versions are recognised by the rest
+    parts += [] if template.cfg_node is None else [template.find_cfg()]
+    return uuid.UUID(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32])
+
+
+def _meet(servers: Sequence[str], settings: Set[Setting], folder: Path, patience: float) -> None:
+    """Before the pictures, which take long: whether every server has the nodes; writes down what servers these are.
+
+    Raises:
+        ValueError: one lacks a node or an input.
+        ConnectionError: the only one is away.
+    """
+    met = made_by(folder)
+    for server in servers:
+        # of several, others do the work of one that is away
+        client = ComfyClient(server, patience if len(servers) == 1 else 0.0)
+        try:
+            if any(setting.temperature is not None for setting in settings) and client.inputs(TEMPERATURE) is None:
+                raise ValueError(
+                    f"{server} has no node {TEMPERATURE}, which --temperatures needs: link or copy the folder "
+                    f"{TEMPERATURE_FOLDER} into custom_nodes there and restart it (ln -s {TEMPERATURE_FOLDER} "
+                    "ComfyUI/custom_nodes/), or leave --temperatures out"
+                )
+            for name in ("tokens", "norm_cap"):
+                # the host drops an input that its node does not have, and says nothing
+                if any(getattr(s, name) is not None for s in settings) and name not in (client.inputs(ADVANCED) or ()):
+                    raise ValueError(f"Apply PLADIS (Advanced) on {server} has no input {name}: update the pack there")
+            met.append(client.versions())
+        except ConnectionError:
+            if len(servers) == 1:
+                raise
+    unique = [version for i, version in enumerate(met) if version not in met[:i]]
+    write_whole(folder / VERSIONS, json.dumps(unique).encode())
+
+
+def made_by(folder: Path) -> list[dict[str, str]]:
+    """What the servers run on that made the pictures; empty for those of an earlier benchmark."""
+    file = folder / VERSIONS
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def _claim(folder: Path, identity: uuid.UUID) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "identity"
     if any(folder.glob("*.png")) and mark.exists() and mark.read_text() != str(identity):
-        raise ValueError(f"{folder} holds pictures of another workflow or of other prompts: choose another --out")
+        raise ValueError(
+            f"{folder} holds pictures of another workflow, of other prompts or with another --cfg-node: choose "
+            "another --out"
+        )
     write_whole(mark, str(identity).encode())
 
 
@@ -227,80 +453,44 @@ def _on_ray(
                 raise image
 
 
-def tabulate(
+def measure(
     prompts: Sequence[str],
     seeds: Sequence[int],
-    lambdas: Sequence[float],
+    settings: Sequence[Setting],
     folder: Path,
-    scorers: dict[str, Scorer],
+    scorers: Mapping[str, Scorer],
     batch: int = 16,
-) -> dict:
-    """Scores of all pictures: means, and differences from the first lambda paired by prompt and seed. Standard errors
-    are over prompts: pictures of one prompt resemble each other.
-
-    Returns:
-        {"prompts", "seeds", "lambdas", "scores": {name: {lambda: [one number per prompt and seed]}},
-        "table": [{"lambda", name: {"mean", "se", "difference", "difference_se"}}]}; se is the standard error.
-    """
+) -> dict[str, dict[str, list[float]]]:
+    """{scorer: {setting's key: one score per prompt and seed}}"""
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in scorers}
     pairs = [(number, seed) for number in range(len(prompts)) for seed in seeds]
-    with tqdm(total=len(scorers) * len(lambdas) * len(pairs), desc="scores", unit="picture") as bar:
+    with tqdm(total=len(scorers) * len(settings) * len(pairs), desc="scores", unit="picture") as bar:
         for name, scorer in scorers.items():
-            for lam in lambdas:
-                row = scores[name][f"{lam:g}"] = []
+            for setting in settings:
+                row = scores[name][setting.key] = []
                 for start in range(0, len(pairs), batch):
                     chunk = pairs[start : start + batch]
-                    row += scorer([prompts[n] for n, _ in chunk], [folder / Job(n, s, lam).file for n, s in chunk])
+                    files = [folder / Job(number, seed, setting).file for number, seed in chunk]
+                    row += scorer([prompts[number] for number, _ in chunk], files)
                     bar.update(len(chunk))
-    base = f"{lambdas[0]:g}"
-    table = [
-        {"lambda": lam}
-        | {name: _compare(rows[f"{lam:g}"], rows[base], len(seeds)) for name, rows in scores.items()}
-        for lam in lambdas
-    ]
-    return {
-        "prompts": list(prompts), "seeds": list(seeds), "lambdas": list(lambdas), "scores": scores, "table": table,
-    }  # fmt: skip
+    return scores
 
 
-def _compare(row: Sequence[float], base: Sequence[float], seeds: int) -> dict[str, float]:
-    values = np.array(row).reshape(-1, seeds).mean(1)
-    gains = values - np.array(base).reshape(-1, seeds).mean(1)
-    error, gain_error = (
-        float(x.std(ddof=1) * len(x) ** -0.5) if len(x) > 1 else float("nan") for x in (values, gains)
-    )
-    return {
-        "mean": float(values.mean()), "se": error, "difference": float(gains.mean()), "difference_se": gain_error,
-    }  # fmt: skip
-
-
-def markdown(result: dict) -> str:
-    names = list(result["scores"])
-    base = result["lambdas"][0]
-    head = " | ".join(f"{name} | {name} - lambda {base:g}" for name in names)
-    lines = [f"| lambda | {head} |", "|---" * (1 + 2 * len(names)) + "|"]
-    for row in result["table"]:
-        cells = []
-        for name in names:
-            s = row[name]
-            cells += [f"{s['mean']:.3f} ± {s['se']:.3f}", f"{s['difference']:+.3f} ± {s['difference_se']:.3f}"]
-        lines.append(f"| {row['lambda']:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def grid(prompts: Sequence[str], seed: int, lambdas: Sequence[float], folder: Path, rows: int = 8) -> Image.Image:
-    """The first prompts, one a row, at every lambda, one a column, all with the same seed."""
+def grid(
+    prompts: Sequence[str], seed: int, settings: Mapping[str, Setting], folder: Path, rows: int = 8
+) -> Image.Image:
+    """The first prompts, one a row, with every setting by its label, one a column, all with the same seed."""
     size, margin = 256, 22
     shown = list(prompts)[:rows]
-    canvas = Image.new("RGB", (size * len(lambdas), margin + (size + margin) * len(shown)), "white")
+    canvas = Image.new("RGB", (size * len(settings), margin + (size + margin) * len(shown)), "white")
     pen = ImageDraw.Draw(canvas)
-    for column, lam in enumerate(lambdas):
-        pen.text((column * size + 6, 5), f"lambda {lam:g}", fill="black")
+    for column, (label, setting) in enumerate(settings.items()):
+        pen.text((column * size + 6, 5), label, fill="black")
         for line in range(len(shown)):
-            picture = Image.open(folder / Job(line, seed, lam).file).convert("RGB")
+            picture = Image.open(folder / Job(line, seed, setting).file).convert("RGB")
             scale = min(size / picture.width, size / picture.height)
             picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
             canvas.paste(picture, (column * size, margin + line * (size + margin)))
     for line, prompt in enumerate(shown):
-        pen.text((6, margin + line * (size + margin) + size + 4), prompt[: size * len(lambdas) // 7], fill="black")
+        pen.text((6, margin + line * (size + margin) + size + 4), prompt[: size * len(settings) // 7], fill="black")
     return canvas

@@ -2,8 +2,9 @@
 
 Candidates: our fused kernel (`triton`, where it runs), `eager` (on a CPU with GCC the loop in C++, else as the next),
 `portable` PyTorch, the `reference` on the `entmax` package (exact at alpha 1.5 and 2), the same formula on the
-package's `bisection`, and on `adasplash`'s row kernel where that is installed. All run in turns, so that a busy
-machine slows all of them; ratios are taken within a turn. Needs `pip install -e ".[demo]"`.
+package's `bisection`, and on `adasplash`'s row kernel where that is installed. `no start` is the fastest of ours with
+the first token left out of the mix. All run in turns, so that a busy machine slows all of them; ratios are taken within
+a turn. Needs `pip install -e ".[demo]"`.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ def candidates(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, alph
         backends.insert(0, "triton")
     for name in backends:
         works[name] = lambda name=name: pladis_attention(query, key, value, alpha=alpha, backend=name)
+    # all keys but the first are mixed, as Apply PLADIS does without start token
+    mixed = torch.arange(key.shape[2], device=key.device)[None] > 0
+    works["no start"] = lambda: pladis_attention(query, key, value, alpha=alpha, mix_mask=mixed)
     row_kernels = {}
     from entmax import entmax_bisect
 

@@ -63,6 +63,20 @@ class ComfyClient:
         except ConnectionError as error:
             return job, error
 
+    def inputs(self, node: str) -> set[str] | None:
+        """The inputs of a kind of node; None where the server has no such node."""
+        known = json.loads(self._get(f"/object_info/{node}")).get(node)
+        return None if known is None else {name for kind in known["input"].values() for name in kind}
+
+    def versions(self) -> dict[str, str]:
+        """What it runs on, and nothing that tells whose machine it is."""
+        stats = json.loads(self._get("/system_stats"))
+        system = stats["system"]
+        return {
+            "comfyui": system["comfyui_version"], "pytorch": system["pytorch_version"],
+            "device": stats["devices"][0]["type"],
+        }  # fmt: skip
+
     def _picture(self, entry: dict) -> bytes:
         if entry["status"]["status_str"] != "success":
             raise WorkflowError(_message(entry))

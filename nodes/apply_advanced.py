@@ -105,9 +105,9 @@ class PLADISApplyAdvanced(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Which tokens are mixed; the others keep their softmax weight. all: as in the paper. "
-                    "without start token: where it takes most of the attention, as in SD and SDXL, words are otherwise "
-                    "pruned against it. words only: without start token, end token and padding. The report of PLADIS "
-                    "Attention Map says where a model looks.",
+                    "without start token: where it takes most of the attention, words are otherwise pruned against "
+                    "it. words only: without start token, end token and padding. The report of PLADIS Attention Map "
+                    "says where a model looks.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -161,5 +161,7 @@ class PLADISApplyAdvanced(io.ComfyNode):
             choose_layers(layers, blocks, target.layers), scale, alpha, start_percent, end_percent, apply_to,
             scale_schedule, end_scale, norm_cap, tokens, texts,
         )  # fmt: skip
-        model = apply_settings(model, settings, target, unique_id(cls))
-        return io.NodeOutput(model, ui={"pladis_blocks": block_names(target.layers)})
+        name = unique_id(cls)
+        # one that PLADIS Sweep makes has no picker: what it reports would take the place of the sweep's picture
+        shown = None if name is None else {"pladis_blocks": block_names(target.layers)}
+        return io.NodeOutput(apply_settings(model, settings, target, name), ui=shown)

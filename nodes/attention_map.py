@@ -122,6 +122,11 @@ class PLADISAttentionMap(io.ComfyNode):
                     tooltip="What this model's attention is like and what to try, then figures of every layer.",
                 ),
                 io.Image.Output(display_name="report_image", tooltip="The same figures as bars."),
+                io.Mask.Output(
+                    display_name="masks",
+                    tooltip="For each word its sparse map, 0 where nothing looks at it, 1 where most does; as large as "
+                    "image, else as the map is.",
+                ),
             ],
         )
 
@@ -168,6 +173,7 @@ class PLADISAttentionMap(io.ComfyNode):
                 *regime_table(list(names.values()), reports),
             ]),
             draw_bars(list(names.values()), {FIGURES[head][0]: column for head, column in figures.items()}, title),
+            masks(seen.maps(), image),
         )
 
 
@@ -189,6 +195,15 @@ def draw_words(maps: torch.Tensor, words: list[Word], image: torch.Tensor | None
             low, high = (-furthest, furthest) if name == "extrapolated" else (0.0, top)
             pictures.append(draw_map(maps[kind, index], f"{label}: {name}", low, high, size, behind))
     return torch.stack(pictures)
+
+
+def masks(maps: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+    """The sparse map of each word of (kinds, words, h, w) as a MASK batch (words, H, W) from 0 to 1."""
+    sparse = maps[KINDS.index("sparse")].float().cpu().nan_to_num(0.0)
+    sparse = sparse / sparse.amax((-2, -1), keepdim=True).clamp(min=1e-12)
+    if image is None:
+        return sparse
+    return torch.nn.functional.interpolate(sparse[:, None], tuple(image.shape[1:3]), mode="bilinear")[:, 0]
 
 
 def table(names: list[str], figures: dict[str, list[float]], words: list[Word], title: str) -> str:

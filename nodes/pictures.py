@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,8 +15,10 @@ SEQUENTIAL = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255,
 # blue below zero, white at zero, red above
 DIVERGING = ((33, 102, 172), (247, 247, 247), (178, 24, 43))
 BACKGROUND, INK = (24, 24, 27), (235, 235, 235)
-LINE = 20
+LINE, LEAST_READABLE = 20, 9
 LEAST_WIDTH, MOST = 256, 512
+# of a grid that grows, on its longer side and without labels
+PREVIEW = 768
 # fonts with Chinese, Japanese, Korean, Arabic or Hebrew letters: Linux, Windows, macOS
 FONTS = (
     "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSans-Regular.ttc", "wqy-microhei.ttc",
@@ -82,23 +85,43 @@ def draw_bars(names: Sequence[str], columns: dict[str, Sequence[float]], title: 
     return _to_tensor(canvas)[None]
 
 
-def draw_grid(cells: Sequence[torch.Tensor], labels: Sequence[str], columns: int) -> torch.Tensor:
-    """Cells (B, H, W, 3) side by side under their labels, for every index of B: (B, H', W', 3)."""
+def draw_grid(
+    cells: Sequence[torch.Tensor], labels: Sequence[str], columns: int, total: int | None = None
+) -> torch.Tensor:
+    """Cells (B, H, W, 3) side by side under their labels, for every index of B: (B, H', W', 3).
+
+    `total`: with room for as many; None for those that are there.
+    """
     batch, height, width, _ = cells[0].shape
     tile_width, gap = max(width, 96), 4
-    rows = -(-len(cells) // columns)
-    size = (columns * (tile_width + gap) + gap, rows * (height + LINE + gap) + gap)
+    rows = -(-(total or len(cells)) // columns)
+    lines = [_lines(label, tile_width) for label in labels]
+    head = LINE * max(map(len, lines))
+    size = (columns * (tile_width + gap) + gap, rows * (height + head + gap) + gap)
     grids = []
     for index in range(batch):
         canvas = Image.new("RGB", size, BACKGROUND)
         draw = ImageDraw.Draw(canvas)
-        for number, (cell, label) in enumerate(zip(cells, labels, strict=True)):
+        for number, cell in enumerate(cells):
             x = gap + number % columns * (tile_width + gap)
-            y = gap + number // columns * (height + LINE + gap)
-            _text(draw, (x + tile_width // 2, y + LINE // 2), label, tile_width, "mm")
-            canvas.paste(_to_pil(cell[index]), (x + (tile_width - width) // 2, y + LINE))
+            y = gap + number // columns * (height + head + gap)
+            # the last line stands next to the picture
+            top = y + head - LINE * len(lines[number])
+            for line, text in enumerate(lines[number]):
+                _text(draw, (x + tile_width // 2, top + LINE * line + LINE // 2), text, tile_width, "mm")
+            canvas.paste(_to_pil(cell[index]), (x + (tile_width - width) // 2, y + head))
         grids.append(_to_tensor(canvas))
     return torch.stack(grids)
+
+
+def draw_preview(cells: Sequence[torch.Tensor], labels: Sequence[str], columns: int, total: int) -> torch.Tensor:
+    """The grid of which only the first cells are there, small enough to be drawn after each: (1, H', W', 3)."""
+    _, height, width, _ = cells[0].shape
+    factor = min(1.0, PREVIEW / max(columns, -(-total // columns)) / max(height, width))
+    size = max(round(height * factor), 1), max(round(width * factor), 1)
+    firsts = (cell[:1].movedim(-1, 1).float() for cell in cells)
+    small = [torch.nn.functional.interpolate(first, size, mode="area").movedim(1, -1) for first in firsts]
+    return draw_grid(small, labels, columns, total)
 
 
 def map_size(latent: tuple[int, int], image: torch.Tensor | None) -> tuple[int, int]:
@@ -127,6 +150,21 @@ def _text(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int,
         if draw.textlength(text, font) <= width:
             break
     draw.text(at, text, INK, font, anchor)
+
+
+def _lines(label: str, width: int) -> list[str]:
+    """A label broken behind its commas, so that each line can be read in `width` pixels."""
+    font = _font(_font_for(label) or "", LEAST_READABLE)
+    lines: list[str] = []
+    for part in re.findall(r"[^,]+,?", label):
+        if lines and font.getlength(lines[-1] + part) <= width:
+            lines[-1] += part
+        else:
+            # that of a list of blocks stays
+            if part.startswith(" "):
+                lines[-1] = lines[-1].removesuffix(",")
+            lines.append(part.lstrip())
+    return lines
 
 
 @lru_cache(maxsize=256)

@@ -182,8 +182,8 @@ def draw(maps: dict[str, torch.Tensor], lam: float, alpha: float, path: Path) ->
         # shorter than its row, so that the outermost numbers of two rows keep apart
         slot = figure.add_subplot(grid[row, len(TOKENS)])
         slot.set_axis_off()
-        strip = slot.inset_axes([0.0, 0.1, 1.0, 0.8])
-        ticks = sorted({norm.vmin, 0.0, norm.vmax})
+        strip = slot.inset_axes((0.0, 0.1, 1.0, 0.8))
+        ticks = sorted({float(bound) for bound in (norm.vmin, 0.0, norm.vmax) if bound is not None})
         bar = figure.colorbar(image, cax=strip, ticks=ticks, format=lambda weight, _: f"{weight:.2g}")
         bar.ax.tick_params(labelsize=9, length=2)
         bar.outline.set_visible(False)

@@ -6,18 +6,17 @@ softmax(S) by (1 - lam) * softmax(S) + lam * entmax_alpha(S), S the scaled score
 
 from __future__ import annotations
 
-import logging
 import math
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 
-from .impl import cpu, eager, gradient
+from . import operators
+from .impl import cpu, eager, gradient, trial
 from .impl.common import wants_grad
 
 BACKENDS = ("auto", "reference", "portable", "eager", "triton")
-LOGGER = logging.getLogger(__name__)
 # far beyond any use, and far from where weights would overflow
 MAX_LAM = 1e6
 MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -66,8 +65,11 @@ def pladis_weights(
         raise ValueError(f"scores must be floating point, not {scores.dtype}: convert them with .float()")
     if not -scores.ndim <= dim < scores.ndim:
         raise ValueError(f"dim {dim} is out of range for scores of shape {tuple(scores.shape)}")
+    mixed = _mix_mask(mix_mask, scores.shape)
+    if operators.looked_on(scores):
+        return operators.transformed_weights(scores, mixed, alpha, dim, 1.0 - lam, lam)
     mix = gradient.mix_weights if wants_grad(scores) else eager.mix_weights
-    return mix(scores, _mix_mask(mix_mask, scores.shape), alpha, dim, 1.0 - lam, lam)
+    return mix(scores, mixed, alpha, dim, 1.0 - lam, lam)
 
 
 def pladis_attention(
@@ -157,6 +159,12 @@ def pladis_correction(
     return _attend(query, key, value, attn_mask, mix_mask, scale, alpha, -lam, lam, mass, row_lse, enable_gqa, backend)
 
 
+def prepare(device: torch.device | str) -> None:
+    """Makes ready what attention on `device` needs, so that a first step does not wait: on a CPU, its compiled loop."""
+    if torch.device(device).type == "cpu":
+        cpu.compiled_loop()
+
+
 def _attend(
     query, key, value, attn_mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse, enable_gqa, backend
 ) -> torch.Tensor:
@@ -172,7 +180,10 @@ def _attend(
     mix_mask = _mix_mask(mix_mask, (key.shape[0], key.shape[2]))
     mass = _broadcast("mass", mass, (*rows, 1))
     row_lse = _broadcast("row_lse", row_lse, (*rows, 1))
-    implementation = _backend(backend, wants_grad(query, key, value, attn_mask, mass, row_lse))
+    tensors = query, key, value, attn_mask, mass, row_lse
+    implementation = _backend(backend, wants_grad(*tensors))
+    if operators.looked_on(*tensors):
+        return operators.transformed_attend(*tensors, mix_mask, scale, alpha, dense, sparse, backend)
     return implementation(query, key, value, attn_mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse)
 
 
@@ -212,21 +223,10 @@ def _fused(query, key, value, *rest) -> torch.Tensor:
 
 def _fastest(query, key, value, *rest) -> torch.Tensor:
     """The fused kernel where it works, eager elsewhere."""
-    global _triton_works
     if _triton_works and _has_gpu_compiler(query.device):
-        try:
-            from .impl import triton
-
-            if triton.unusable(query, key, value) is None:
-                return triton.attend(query, key, value, *rest)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:  # compilers, linkers, drivers and old releases fail each in a way of its own
-            _triton_works = False
-            LOGGER.warning(
-                "PLADIS: Triton fails on this machine (%s: %s). From now on without its kernel: same images, slower.",
-                type(error).__name__, next(iter(str(error).splitlines()), ""),
-            )  # fmt: skip
+        out = _trials.attend(query, key, value, *rest)
+        if out is not None:
+            return out
     return _eager(query, key, value, *rest)
 
 
@@ -234,8 +234,9 @@ def _has_gpu_compiler(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
-# ComfyUI on Windows often comes without Triton: nothing to report. After one failure it is not tried again.
+# ComfyUI on Windows often comes without Triton: nothing to report
 _triton_works = find_spec("triton") is not None
+_trials = trial.Trials()
 
 
 def _check_mix(lam: float, alpha: float) -> None:

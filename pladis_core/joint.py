@@ -91,14 +91,18 @@ def _by_kernel(query, key, value, attn_mask, scale) -> tuple[torch.Tensor, torch
     if query.device.type == "cpu":
         if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
             return None
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=attn_mask, scale=scale
-        )
-        return out, lse.unsqueeze(-1)
+        return _flash_for_cpu(query, key, value, attn_mask, scale)
     if query.device.type != "cuda":
         return None
     kernel = _CUDA_KERNELS.get(torch._fused_sdp_choice(query, key, value, attn_mask, 0.0, False, scale=scale))
     return None if kernel is None else kernel(query, key, value, attn_mask, scale)
+
+
+def _flash_for_cpu(query, key, value, attn_mask, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=attn_mask, scale=scale
+    )
+    return out, lse.unsqueeze(-1)
 
 
 def log_sum_exp(
@@ -120,7 +124,7 @@ def log_sum_exp(
         return _chunked_lse(query, key, attn_mask, scale)
     with torch.no_grad():
         if query.device.type == "cpu":
-            lse = _by_kernel(query, key, key, _kernel_mask(attn_mask, query, key), scale)[1]
+            lse = _flash_for_cpu(query, key, key, _kernel_mask(attn_mask, query, key), scale)[1]
         elif query.device.type == "cuda" and query.dtype != torch.float64:
             lse = _efficient(query, key, key[..., :NARROW], _kernel_mask(attn_mask, query, key), scale)[1]
         else:

@@ -92,10 +92,13 @@ def attention_maps(
             average = (weights * mass).mean((0, 1))
             for index, group in enumerate(groups):
                 maps[kind, index, rows] = average[:, group].sum(-1).float()
-    *means, flipped = (figures[:7] / (batch * heads * queries)).tolist()
-    dense_and_mixed = (figures[7:] / (batch * heads * queries)).tolist()
-    masses = dict(zip(parts, zip(dense_and_mixed[::2], dense_and_mixed[1::2], strict=True), strict=True))
-    return maps, LayerReport(*means, masses, flipped if parts.get("words") else None)
+    zeros, support, negative, length_ratio, effective, sharpening, flipped, *shares = (
+        figures / (batch * heads * queries)
+    ).tolist()
+    masses = dict(zip(parts, zip(shares[::2], shares[1::2], strict=True), strict=True))
+    return maps, LayerReport(
+        zeros, support, negative, length_ratio, effective, sharpening, masses, flipped if parts.get("words") else None
+    )
 
 
 def _mass(scores: torch.Tensor, row_lse: torch.Tensor) -> torch.Tensor:

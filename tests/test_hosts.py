@@ -45,16 +45,29 @@ NEXT = (
 )  # fmt: skip
 
 
-def files_of(host: str) -> dict[str, list[Path]]:
-    """What one process runs, by name."""
+def files_of(host: str, shared: bool = True) -> dict[str, list[Path]]:
+    """What one process runs, by name; with `shared`, short files in one."""
     files = {file.stem.removeprefix("test_"): [file] for file in sorted((ROOT / "tests" / "host").glob("test_*.py"))}
     left_out = {"newest": (), "oldest": NEWEST_ALONE + NEWER_ALONE, "next": files.keys() - set(NEXT)}[host]
     files = {name: group for name, group in files.items() if name not in left_out}
+    if not shared:
+        return files
     files["short files"] = [file for name in TOGETHER for file in files.pop(name, ())]
     return files
 
 
-RUNS = [(host, name) for host in HOSTS for name in files_of(host)]
+
+def pytest_generate_tests(metafunc) -> None:
+    """With -k every file is a run of its own, which its name finds; without it, short files share one."""
+    if "files" in metafunc.fixturenames:
+        runs = {
+            f"{host}-{name}": (host, files)
+            for host in HOSTS
+            for name, files in files_of(host, shared=not metafunc.config.option.keyword).items()
+        }
+        metafunc.parametrize(("host", "files"), runs.values(), ids=runs)
+
+
 # workflows and help pages go through tests/host, words and looks are the same modules on every front end: for time, on
 # the newest alone in the browser
 WEB = {"newest": ("nodes", "workflows", "help"), "newest, words and looks": ("words", "looks"), "oldest": ("nodes",),
@@ -79,11 +92,10 @@ def host_python(host: str, path: Path) -> str:
     pytest.fail(f"{path} has no .venv: set $COMFYUI_PYTHON to the Python that runs this ComfyUI")
 
 
-@pytest.mark.parametrize(("host", "name"), RUNS)
-def test_host(host, name, record_property):
+def test_host(host, files, record_property):
     path = host_path(host)
     ours = "\n".join(p for p in sys.path if "site-packages" in p)
-    run([host_python(host, path), "-c", BOOTSTRAP, ours], host, path, files_of(host)[name], record_property)
+    run([host_python(host, path), "-c", BOOTSTRAP, ours], host, path, files, record_property)
 
 
 @pytest.mark.parametrize("name", WEB)

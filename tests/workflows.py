@@ -7,9 +7,10 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "example_workflows"
 # need no download
-RUN_HERE = ("pladis_demo", "pladis_sweep", "pladis_attention_map")
+RUN_HERE = ("01_pladis_demo", "02_pladis_sweep", "03_pladis_attention_map", "04_pladis_schedule")
 NAMES = (
-    *RUN_HERE, "sd15_text_to_image", "sdxl_text_to_image", "sdxl_few_step", "flux_text_to_image", "wan_text_to_video",
+    *RUN_HERE, "sd15_text_to_image", "sdxl_text_to_image", "sdxl_few_step", "sd35_text_to_image", "flux_text_to_image",
+    "qwen_image_text_to_image", "z_image_turbo_text_to_image", "krea2_turbo_text_to_image", "wan_text_to_video",
     "ipadapter_sdxl",
 )  # fmt: skip
 # nodes of other packs: their inputs, in the format of /object_info
@@ -71,14 +72,23 @@ def widget_names(info: dict) -> list[str | None]:
 
 
 def to_prompt(workflow: dict, object_info: dict) -> dict:
-    """The API format. Fails where a node's values are not as many as its widgets."""
+    """The API format. Inputs that a node has got since the file was saved, its last ones, are at their defaults."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in working(workflow):
         names = widget_names(object_info[node["type"]])
         values = node.get("widgets_values", [])
-        assert len(values) == len(names), f"{node['type']}: {values} for {names}"
+        since = [object_info[node["type"]]["input"].get("optional", {}).get(name) for name in names[len(values) :]]
+        assert len(values) <= len(names) and all(since), f"{node['type']}: {values} for {names}"
+        values = [*values, *(options["default"] for _, options in since)]
         inputs = {name: value for name, value in zip(names, values, strict=True) if name is not None}
         inputs.update({slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot["link"] is not None})
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def lacks(workflow: dict, object_info: dict) -> str:
+    """What a ComfyUI is too old for: a kind of text encoder."""
+    kinds = object_info["CLIPLoader"]["input"]["required"]["type"][0]
+    wanted = {n["widgets_values_named"]["type"] for n in workflow["nodes"] if n["type"] == "CLIPLoader"}
+    return ", ".join(sorted(wanted - set(kinds)))

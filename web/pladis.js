@@ -1,14 +1,16 @@
-// What the Apply nodes show besides their inputs: a plot of the weights with what the last run did beneath it, and a
-// picker of blocks. Display only: what a workflow saves and what runs are the inputs alone.
+// What the Apply nodes show besides their inputs: a plot of the weights with what the last run did beneath it, a picker of
+// blocks, and two entries in their menu. What a workflow saves and what runs are the inputs alone.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { IN_NODES_2 } from "./pladis_colors.js";
+import { addComparison } from "./pladis_compare.js";
 import { blocksAt, reportBlocks } from "./pladis_models.js";
 import { blockPicker, PICKER_PADDING } from "./pladis_picker.js";
 import { weightsPlot } from "./pladis_plot.js";
 import { keepReceipt, receiptOf } from "./pladis_receipt.js";
-import { language, learnWords } from "./pladis_words.js";
+import { PRESETS, presetValues } from "./pladis_presets.js";
+import { language, learnWords, words } from "./pladis_words.js";
 
 // with two lines of words: they must not change the node's height, which would be an undo step of its own
 const PLOT_HEIGHT = 148;
@@ -21,11 +23,22 @@ const MARGIN = 8;
 app.registerExtension({
   name: "pladis.panels",
   nodeCreated(node) {
-    if (!["PLADISApply", "PLADISApplyAdvanced"].includes(node.comfyClass)) return;
+    if (!isApply(node)) return;
     // last, so that the widgets that a workflow saves keep their places
     if (node.comfyClass === "PLADISApplyAdvanced") addPicker(node);
     addPlot(node);
     node.setSize([Math.max(node.size[0], LEAST_WIDTH), node.computeSize()[1]]);
+  },
+  getNodeMenuItems(node) {
+    if (!isApply(node)) return [];
+    const presets = Object.keys(PRESETS).map((preset) => {
+      const values = presetValues(preset, node.widgets.map(({ name }) => name));
+      return { content: words(preset, values), callback: () => setValues(node, values) };
+    });
+    return [
+      { content: words("presets"), has_submenu: true, submenu: { options: presets } },
+      { content: words("compare"), callback: () => compare(node) },
+    ];
   },
 });
 
@@ -38,6 +51,18 @@ api.addEventListener("pladis.receipt", ({ detail }) => keepReceipt(app.rootGraph
 api.fetchApi("/i18n").then((answer) => answer.json()).then((served) =>
   learnWords(() => app.extensionManager.setting.get("Comfy.Locale"), served), () => {});
 
+function isApply(node) {
+  return ["PLADISApply", "PLADISApplyAdvanced"].includes(node.comfyClass);
+}
+
+function compare(node) {
+  const { sweep, missing, leftOut } = inOneStep(() => addComparison(node, (type) => LiteGraph.createNode(type)));
+  if (sweep) app.canvas.centerOnNode(sweep);
+  const detail = missing ? words(missing === "vae" ? "noVae" : "noSampler")
+    : leftOut.length ? words("leftOut", { inputs: leftOut.join(", ") }) : "";
+  if (detail) app.extensionManager.toast.add({ severity: "warn", summary: words("compare"), detail, life: 12_000 });
+}
+
 function addPlot(node) {
   const plot = weightsPlot();
   plot.root.style.minHeight = `${PLOT_HEIGHT}px`;
@@ -48,14 +73,7 @@ function addPlot(node) {
 }
 
 function addPicker(node) {
-  const picker = blockPicker((text) => {
-    // one step for undo
-    app.canvas.emitBeforeChange();
-    setValue(node, "blocks", text);
-    setValue(node, "layers", "custom");
-    app.canvas.emitAfterChange();
-    node.setDirtyCanvas(true, true);
-  });
+  const picker = blockPicker((text) => setValues(node, { blocks: text, layers: "custom" }));
   let height = 60;
   const room = () => height + 2 * MARGIN;
   const widget = addPanel(node, "pladis_blocks", picker.root, { getMinHeight: room, getMaxHeight: room });
@@ -68,7 +86,7 @@ function addPicker(node) {
     if (!picker.content.offsetHeight) return;
     height = Math.min(picker.content.offsetHeight + PICKER_PADDING, MOST_PICKER_HEIGHT);
     // then the wheel scrolls the list instead of zooming, in Nodes 2.0 after a click into it
-    picker.root.dataset.captureWheel = height === MOST_PICKER_HEIGHT;
+    picker.root.dataset.captureWheel = String(height === MOST_PICKER_HEIGHT);
     picker.root.style.minHeight = picker.root.style.maxHeight = `${height}px`;
     node.setDirtyCanvas(true, true);
   }).observe(picker.content);
@@ -155,6 +173,23 @@ function chain(node, name, after) {
 
 function valueOf(node, name) {
   return node.widgets.find((widget) => widget.name === name).value;
+}
+
+function setValues(node, values) {
+  inOneStep(() => Object.entries(values).forEach(([name, value]) => setValue(node, name, value)));
+  node.setDirtyCanvas(true, true);
+}
+
+/**
+ * One step for undo. Returns what `change` does.
+ * @template T
+ * @param {() => T} change
+ */
+function inOneStep(change) {
+  app.canvas.emitBeforeChange();
+  const made = change();
+  app.canvas.emitAfterChange();
+  return made;
 }
 
 function setValue(node, name, value) {

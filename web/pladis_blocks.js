@@ -9,6 +9,9 @@ const ENTRY = /^([dmub])(\d{1,4})(?:-\1?(\d{1,4}))?(?:\.(\d{1,4})(?:-(\d{1,4}))?
 const MOST_BLOCKS = 128;
 const MOST_LAYERS = 32;
 
+/** @typedef {{ d: number[], m: number[], u: number[], b: number[] }} Layout */
+
+/** @returns {Layout} */
 export function emptyLayout() {
   return { d: [], m: [], u: [], b: [] };
 }
@@ -70,11 +73,16 @@ function entriesOf(text) {
   return text.split(/[,;，、；\s]+/).filter(Boolean);
 }
 
+/**
+ * @returns {{ problem?: string, prefix?: string, first?: number, last?: number, firstIndex?: number, lastIndex?: number,
+ *   whole?: boolean }}
+ */
 function parse(entry) {
   const match = ENTRY.exec(entry.toLowerCase());
   if (!match) return { problem: words("notABlock", { entry }) };
   const [, prefix, ...numbers] = match;
-  const [first, last = first, firstIndex, lastIndex = firstIndex] = numbers.map((n) => (n === undefined ? n : Number(n)));
+  const [first, last = first, firstIndex, lastIndex = firstIndex] = numbers
+    .map((n) => (n === undefined ? undefined : Number(n)));
   if (first > last || firstIndex > lastIndex) return { problem: words("backwards", { entry }) };
   return { prefix, first, last, firstIndex, lastIndex: lastIndex ?? 0, whole: firstIndex === undefined };
 }

@@ -1,12 +1,20 @@
 // The weights of pladis_core for one row of scores, in float64. Pure functions; tests/web compares them with pladis_core.
 
-/** exp(score) / sum of exp(scores) */
+/**
+ * exp(score) / sum of exp(scores)
+ * @param {number[]} scores
+ */
 export function softmax(scores) {
   const top = Math.max(...scores);
   return normalise(scores.map((score) => Math.exp(score - top)));
 }
 
-/** alpha-entmax for 1 <= alpha <= 2: 1 is softmax, 2 is sparsemax. */
+/**
+ * alpha-entmax for 1 <= alpha <= 2: 1 is softmax, 2 is sparsemax.
+ * @param {number[]} scores
+ * @param {number} alpha
+ * @returns {number[]}
+ */
 export function entmax(scores, alpha) {
   const slope = alpha - 1;
   if (slope === 0) return softmax(scores);
@@ -23,7 +31,12 @@ export function entmax(scores, alpha) {
   return normalise(weights(low));
 }
 
-/** (1 - scale) * dense + scale * sparse */
+/**
+ * (1 - scale) * dense + scale * sparse
+ * @param {number[]} dense
+ * @param {number[]} sparse
+ * @param {number} scale
+ */
 export function mix(dense, sparse, scale) {
   return dense.map((weight, i) => (1 - scale) * weight + scale * sparse[i]);
 }

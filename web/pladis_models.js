@@ -8,6 +8,7 @@ export const KNOWN = {
   "SD 1.x": "d0-5,m0,u0-8",
   "SDXL": "d0-1.0-1,d2-3.0-9,m0.0-9,u0-2.0-9,u3-5.0-1",
 };
+/** @type {[RegExp, string][]} */
 const FILE_NAMES = [
   [/sd[-_ ]?xl|xl[-_ .v\d]|pony|illustrious|noob/i, "SDXL"],
   [/(sd|v|stable[-_ ]diffusion[-_ ]?v?)[-_ ]?1[-_. ]?[45]/i, "SD 1.x"],

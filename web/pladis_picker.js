@@ -53,10 +53,12 @@ export function blockPicker(edit) {
   const root = document.createElement("div");
   const shadow = root.attachShadow({ mode: "open" });
   shadow.innerHTML = `<style>${STYLE}</style><div class="content"></div>`;
+  /** @type {HTMLElement} */
   const content = shadow.querySelector(".content");
+  /** @type {any} */
   let current;
   // of a model that is not known, chips stay when a click takes them out of the text
-  let named = { id: null, layout: null };
+  let named = { id: null, layout: emptyLayout() };
 
   function layoutOf({ id, blocks, text }) {
     if (blocks) return layoutNamedBy(blocks);
@@ -70,13 +72,16 @@ export function blockPicker(edit) {
     const everything = Object.entries(layout)
       .flatMap(([prefix, depths]) => depths.flatMap((depth, number) => keysOf(prefix, number, depth)));
     current = { layout, everything, chosen, wrong };
-    const focused = shadow.activeElement?.dataset.keys;
+    const focused = /** @type {HTMLElement} */ (shadow.activeElement)?.dataset.keys;
     content.className = state.linked ? "content off" : state.layers === "custom" ? "content" : "content idle";
     content.replaceChildren(rows(layout, chosen), foot(everything, hint(state, current)));
-    if (focused) content.querySelector(`[data-keys="${focused}"]`)?.focus();
+    /** @type {HTMLElement} */
+    const again = focused && content.querySelector(`[data-keys="${focused}"]`);
+    again?.focus();
   }
 
-  content.addEventListener("click", ({ target }) => {
+  content.addEventListener("click", (event) => {
+    const target = /** @type {HTMLElement} */ (event.target);
     const keys = target.closest("button")?.dataset.keys.split(" ").filter(Boolean);
     if (!keys) return;
     const { layout, wrong } = current;
@@ -117,7 +122,7 @@ function toggle(keys, chosen, className, textContent, title) {
   return button;
 }
 
-function foot(everything, { text, wrong }) {
+function foot(everything, { text, wrong = false }) {
   const buttons = everything.length ? ["all", "none"].map((set) => {
     const button = element("button", { textContent: words(set) });
     Object.assign(button.dataset, { keys: everything.join(" "), set });
@@ -127,6 +132,7 @@ function foot(everything, { text, wrong }) {
     element("span", { className: wrong ? "wrong" : "", textContent: text }), ...buttons);
 }
 
+/** @returns {{ text: string, wrong?: boolean }} */
 function hint({ layers, linked, origin }, { everything, chosen, wrong }) {
   if (linked) return { text: words("linked") };
   const problems = wrong.map(({ problem }) => problem).join("; ");

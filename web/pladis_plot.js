@@ -55,6 +55,7 @@ export function weightsPlot() {
         <span><i class="mixed"></i><i class="mixed negative"></i>${words("mixed")}</span>
       </div>
       <div class="receipt"></div>`;
+    /** @type {HTMLElement} */
     const said = shadow.querySelector(".receipt");
     said.textContent = said.title = receipt;
   }

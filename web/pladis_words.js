@@ -1,4 +1,4 @@
-// The words of the panels, in the language that ComfyUI is set to. English is here; the others are in
+// The words of the panels and of the menu, in the language that ComfyUI is set to. English is here; the others are in
 // locales/<language>/main.json, which ComfyUI serves with all translations. {name} stands for a value.
 
 export const ENGLISH = {
@@ -27,6 +27,18 @@ export const ENGLISH = {
   unknown: "Queue once: then the blocks of this model are here.",
   demo: "The blocks of the demo model.",
   guessed: "The blocks of {model}, going by the file name; a run tells for sure.",
+  presets: "PLADIS presets",
+  presetSdxl: "SDXL: scale {scale} (the paper)",
+  presetFewStep: "Few-step SDXL (Turbo, Lightning, DMD2, Hyper): scale {scale} (the paper)",
+  presetFlux: "Flux.1: scale {scale} (the authors' code: 1.5 to 2)",
+  presetTags: "Trained on tags (Pony, Illustrious): scale {scale} (users: less than 2; the number has no source)",
+  presetVideo: "Video (Wan, LTX, Hunyuan): scale {scale} (no source, not measured)",
+  presetGentle: "Gentle: scale {scale} (measured on the demo model: about even with softmax)",
+  compare: "Compare with scale 0 (PLADIS Sweep)",
+  noSampler: "No KSampler takes this node's model, and PLADIS Sweep samples as KSampler does. Run twice with one seed, "
+    + "once with scale 0.",
+  noVae: "No VAE was found to decode the pictures. Add Load VAE, then try again.",
+  leftOut: "PLADIS Sweep does not have these settings of the node: {inputs}. Its pictures are without them.",
 };
 
 let chosen = () => "en";

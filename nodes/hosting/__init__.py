@@ -4,7 +4,7 @@
 are made of), `roads` (the ways to a layer's attention), `looking` (maps and words).
 """
 
-from .lists import numbers
+from .lists import layer_lists, numbers, whole_numbers
 from .models.layers import LAYER_CHOICES, block_names, choose_layers, layer_names
 from .models.target import Target, find_target
 from .models.tokens import TOKENS, check_tokens
@@ -14,5 +14,6 @@ from .wrappers import apply_settings
 
 __all__ = [
     "APPLY_TO", "LAYER_CHOICES", "SCHEDULES", "TOKENS", "Settings", "Target", "apply_settings", "block_names",
-    "check_tokens", "choose_layers", "concatenate", "find_target", "layer_names", "numbers", "samplers", "schedulers",
+    "check_tokens", "choose_layers", "concatenate", "find_target", "layer_lists", "layer_names", "numbers", "samplers",
+    "schedulers", "whole_numbers",
 ]  # fmt: skip

@@ -15,6 +15,47 @@ def entries(text: str, spaces: bool = True) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def layer_lists(text: str) -> list[str]:
+    """Choices of layers, without repetitions: all, down + up, and lists of blocks, which have commas of their own.
+
+    They stand between semicolons and line breaks, the first two also between commas.
+    """
+    found: list[str] = []
+    for part in re.split("[;；\n]", text):
+        blocks: list[str] = []
+        for entry in entries(part, spaces=False):
+            name = " + ".join(entry.lower().replace("+", " ").split())
+            if name in ("all", "down + up"):
+                found.append(name)
+            else:
+                blocks.append(entry)
+        if blocks:
+            found.append(",".join(blocks))
+    return list(dict.fromkeys(found))
+
+
+def whole_numbers(name: str, text: str, low: int, high: int) -> list[int]:
+    """A list of whole numbers without repetitions.
+
+    Raises:
+        ValueError: no number, not a whole number, one outside [low, high].
+    """
+    found = []
+    for entry in entries(text):
+        if not re.fullmatch(r"-?\d+", entry):
+            raise ValueError(
+                f"{name}: {shortened(entry)!r} is not a whole number. Write whole numbers with commas between: 0, 1, 2"
+            )
+        # what is cut off lies outside all the same
+        number = int(entry[:SHOWN])
+        if not low <= number <= high:
+            raise ValueError(f"{name}: {shortened(entry)} lies outside {low} to {high}.")
+        found.append(number)
+    if not found:
+        raise ValueError(f"{name}: the list is empty. Write whole numbers with commas between: 0, 1, 2")
+    return list(dict.fromkeys(found))
+
+
 def numbers(name: str, text: str, low: float, high: float) -> list[float]:
     """A list of numbers without repetitions.
 

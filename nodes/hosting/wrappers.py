@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
+from ...pladis_core import prepare
 from .batch import Known, read_batch, read_conditioning, read_guider
 from .models.families import UNET
 from .models.target import Target
@@ -136,6 +137,7 @@ class OuterSample:
 
         options = guider.model_options.setdefault("transformer_options", {})
         network = guider.model_patcher.model.diffusion_model
+        prepare(guider.model_patcher.load_device)
         with contextlib.ExitStack() as stack:
             options[KEY] = Context(guider, receipt, stack)
             _put_back(options, CalcCondBatch(self.apply_model), self.apply_model)

@@ -32,12 +32,16 @@ def newton_steps(keys: int, alpha: float, dtype: torch.dtype) -> int:
     return steps + (dtype == torch.float64)
 
 
-def unit_keys(key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def unit_keys(
+    key: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """key (..., Lk, D) as (unit, gain) with scale * key = gain * unit and the 1-norm of every unit row at most 1.
 
     query @ unit^T then cannot overflow, whatever the magnitudes. The factors are powers of two times |scale|; gain is
-    (..., 1, 1).
+    (..., 1, 1). A key that `mask` (..., Lq, Lk) masks for every query has no say in them.
     """
+    if mask is not None:
+        key = key.masked_fill(_unused_keys(mask, key.shape[-3]).unsqueeze(-1), 0.0)
     span = 4.0 * 2.0 ** key.shape[-1].bit_length()
     top = math.frexp(torch.finfo(key.dtype).max)[1] - 1
     if key.numel() == 0:
@@ -53,6 +57,14 @@ def dense_factors(mixed: torch.Tensor, dense: float, sparse: float, dtype: torch
     """What every key's softmax weight is multiplied with, of the shape of `mixed`."""
     factors = torch.full(mixed.shape, dense + sparse, dtype=dtype, device=mixed.device)
     return factors.masked_fill_(mixed, dense)
+
+
+def _unused_keys(mask: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(..., kv_heads, Lk): the keys that (..., H, Lq, Lk) masks for every query of every head that shares them."""
+    stored = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
+    masked = ~stored if mask.dtype == torch.bool else stored <= torch.finfo(mask.dtype).min
+    unused = masked.all(-2).expand(*mask.shape[:-2], mask.shape[-1])
+    return unused.unflatten(-2, (kv_heads, -1)).all(-2)
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -124,6 +124,13 @@ static inline vec raised(vec w, float power) {
     return (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
+// lanes of a and b, counted through both, by constants
+#if defined(__clang__)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
+#endif
+
 struct sums {
     vec a, b;
 };
@@ -147,12 +154,11 @@ static auto sum_of(int64_t first, int64_t end, Term term) -> decltype(term(first
 // one step of a transposition of LANES vectors: the off-diagonal blocks of H x H change places
 template <int H, int... L>
 static inline void exchange(vec *rows, std::integer_sequence<int, L...>) {
-    const ivec low = {(L & H ? L - H + LANES : L)...}, high = {(L & H ? L + LANES : L + H)...};
     for (int i = 0; i < LANES; i++) {
         if (i & H) continue;
         vec a = rows[i], b = rows[i + H];
-        rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + H] = __builtin_shuffle(a, b, high);
+        rows[i] = SHUFFLED(a, b, (L & H ? L - H + LANES : L)...);
+        rows[i + H] = SHUFFLED(a, b, (L & H ? L + LANES : L + H)...);
     }
 }
 template <int H>
@@ -263,9 +269,9 @@ static inline bool far_from_root(const Problem &p, vec step) {
     return any_above(larger(step, step * -2.0f), p.enough);
 }
 
-// a threshold, and a last step that adding to it would round
+// a threshold, a last step that adding to it would round, and for sparsemax the number of keys that the step counted
 struct threshold {
-    vec tau, step;
+    vec tau, step, support;
 };
 
 // that of entmax-1.5, or sparsemax. eager.py: _polynomial_numerators
@@ -281,9 +287,21 @@ static threshold polynomial(const Problem &p, const vec *s) {
         vec norm = SQUARE ? each([&](int i) { return sqrtf(m.a[i]); }) : m.a;
         vec step = SQUARE ? (norm - 2.0f) * norm / at_least(m.b, TINY) : (norm - 1.0f) / at_least(m.b, 1.0f);
         step = back_a_little(p, step);
-        if (i > p.steps || !far_from_root(p, step)) return {tau, step};
+        if (i > p.steps || !far_from_root(p, step)) return {tau, step, m.b};
         tau = tau + step;
     }
+}
+
+// what is left of sparsemax's z to take off: a step back, by a rounding, lets a whole cluster of keys in again, each with
+// that rounding. eager.py: _settle
+static vec settle(const Problem &p, const vec *s, threshold t) {
+    if (!any_above(-t.step, 0.0f)) return vec{};
+    sums m = sum_of(0, p.keys, [&](int64_t k) -> sums {
+        vec z = at_least(s[k * WIDTH] - t.tau - t.step, 0.0f);
+        return {z, z > 0.0f ? vec{} + 1.0f : vec{}};
+    });
+    // where none came in, the step was exact, and all that this could see is how the sum was rounded
+    return m.b > t.support ? at_least((m.a - 1.0f) / m.b, 0.0f) : vec{};
 }
 
 // any other alpha: u = tau + p, and a last step of b * z. z^(p - 1), a constant factor apart, in w, for that u.
@@ -331,7 +349,7 @@ static threshold generic(const Problem &p, const vec *s, vec *w) {
                            : total - raised(total, 1.0f - b);
         vec step = change / (m.b * b);
         vec next = moved(u, i ? back_a_little(p, step) : step);
-        if (i > p.steps || !far_from_root(p, next - u)) return {u, (m.a - 1.0f) / m.b};
+        if (i > p.steps || !far_from_root(p, next - u)) return {u, (m.a - 1.0f) / m.b, m.b};
         u = next;
     }
 }
@@ -355,7 +373,10 @@ static sums numerators(const Problem &p, vec *s, vec *w) {
     }
     if (p.alpha == 2.0f) {
         threshold t = polynomial<false>(p, s);
-        return numerators(s, w, p.keys, [&](vec c, vec) { return at_least(c - t.tau - t.step, 0.0f); });
+        vec more = settle(p, s, t);
+        return numerators(s, w, p.keys, [&](vec c, vec) {
+            return at_least(at_least(c - t.tau - t.step, 0.0f) - more, 0.0f);
+        });
     }
     threshold t = p.alpha < SMALL_ALPHA ? generic<true>(p, s, w) : generic<false>(p, s, w);
     float b = p.alpha - 1.0f;

@@ -1,30 +1,36 @@
-"""The loop of cpu.cpp, compiled on first use with the machine's GCC, about a second; without GCC, impl/eager.py serves.
+"""The loop of cpu.cpp, compiled once for this processor; without a compiler for it, impl/eager.py serves.
 
-No library is kept on disk: it is made for this processor, and a shared home may serve others.
+The library is kept in torch's extension cache ($TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), under a key of
+source, compiler and processor: a home may be shared. PLADIS_CPU_LOOP=0 turns the loop off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import hashlib
 import logging
 import math
 import os
+import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch._appdirs
 
 from .common import additive_mask, bounded_value, compute_dtype, newton_steps, scaled_to, unit_keys
 
 LOGGER = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+FLAGS = ("-std=c++17", "-O3", NATIVE, "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+SWITCH = "PLADIS_CPU_LOOP"
 # of cpu.cpp
 QUICK_TERMS = 8
 
@@ -78,21 +84,94 @@ def _near_power(power: float) -> tuple[float, ...]:
 
 @cache
 def compiled_loop() -> ctypes.CDLL | None:
-    """The compiled loop; None where there is no GCC for it, and, with one log line, where GCC or the loader fails."""
-    name, *options = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    compiler = shutil.which(name)
-    if compiler is None or sys.platform != "linux":
+    """The compiled loop; None, with one log line, where it is turned off, or no compiler does it."""
+    if os.environ.get(SWITCH) == "0":
+        LOGGER.info("PLADIS: its CPU loop is off (%s=0): same images, slower.", SWITCH)
         return None
+    command = None
     try:
-        with tempfile.TemporaryDirectory(prefix="pladis") as folder:
-            target = str(Path(folder) / "cpu.so")
-            command = [compiler, *options, *FLAGS, str(SOURCE), "-o", target]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            return ctypes.CDLL(target)
-    except (subprocess.SubprocessError, OSError) as error:
-        reason = next(iter((getattr(error, "stderr", None) or str(error)).splitlines()), "")
-        LOGGER.warning("PLADIS: %s cannot compile its CPU loop (%s): same images, slower.", compiler, reason)
+        command = _compiler()
+        if command is None:
+            LOGGER.info("PLADIS: no C++ compiler (CXX, g++, clang++) for its CPU loop: same images, slower.")
+            return None
+        loop, place = _kept_or_compiled(command)
+    except (subprocess.SubprocessError, OSError, ValueError) as error:
+        what = command[0] if command else f"CXX={os.environ.get('CXX')}"
+        LOGGER.warning("PLADIS: %s cannot compile its CPU loop (%s): same images, slower.", what, _reason(error))
         return None
+    LOGGER.info(
+        "PLADIS: attention on the CPU runs in a loop that %s compiled for this processor, %s (%s=0 turns it off).",
+        command[0], place, SWITCH,
+    )  # fmt: skip
+    return loop
+
+
+def _compiler() -> list[str] | None:
+    """Its path and options: those of CXX, else the first that is there. None: there is none.
+
+    Raises:
+        ValueError: CXX has an open quotation.
+    """
+    names = [shlex.split(os.environ.get("CXX", ""))]
+    if not names[0]:
+        names = [["g++"], ["clang++"]]
+    # the loop is written for POSIX
+    found = [] if os.name == "nt" else [(shutil.which(name), options) for name, *options in names]
+    return next(([path, *options] for path, options in found if path), None)
+
+
+def _kept_or_compiled(command: list[str]) -> tuple[ctypes.CDLL, str]:
+    """The loop that an earlier start left, or a new one; and where it is, in words."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch._appdirs.user_cache_dir("torch_extensions")
+    kept = Path(root) / "pladis" / f"cpu_{_key(command)}.so"
+    with contextlib.suppress(OSError):
+        return _load(kept), f"kept in {kept}"
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        folder, writable = tempfile.TemporaryDirectory(prefix="making", dir=kept.parent), True
+    except OSError:
+        folder, writable = tempfile.TemporaryDirectory(prefix="pladis"), False
+    with folder as name:
+        made = Path(name) / "cpu.so"
+        compile_it = [*command, *FLAGS, str(SOURCE), "-o", str(made)]
+        subprocess.run(compile_it, check=True, capture_output=True, text=True, timeout=120)
+        loop = _load(made)
+        if not writable:
+            return loop, f"not kept, as {root} cannot be written to"
+        # at once, so that another process never sees a part of it
+        made.replace(kept)
+        return loop, f"kept in {kept}"
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Raises OSError where this is not the loop."""
+    loop = ctypes.CDLL(str(path))
+    if not (hasattr(loop, "pladis_attend") and hasattr(loop, "pladis_columns")):
+        raise OSError(f"{path} has other functions")
+    return loop
+
+
+def _key(command: list[str]) -> str:
+    """Of everything that the library depends on."""
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120).stdout
+    parts = (SOURCE.read_text(encoding="utf-8"), *FLAGS, *command, version, _processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What -march=native looks at, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU", "Features", "isa", "cpu\t")
+    return platform.machine() + "\n".join(line for line in lines if line.startswith(told))
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says what went wrong."""
+    lines = (getattr(error, "stderr", None) or str(error)).splitlines()
+    return next((line for line in lines if "error" in line), next(iter(lines), ""))
 
 
 def usable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -118,10 +197,11 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
         dense, sparse = dense + sparse, 0.0
     order, mixed = (None, None) if mix_mask is None or sparse == 0.0 else _mixed_first(mix_mask)
     loop = compiled_loop()
+    assert loop is not None, "asked for without usable()"
     block = loop.pladis_columns()
     query_rows = query.detach().float()
     query_rows = query_rows if query_rows.stride(-1) == 1 else query_rows.contiguous()
-    unit, gain = (t.contiguous() for t in unit_keys(key.detach().float(), scale))
+    unit, gain = (t.contiguous() for t in unit_keys(key.detach().float(), scale, mask))
     unit = unit if order is None else torch.take_along_dim(unit, order[:, None, :, None], 2)
     values = bounded_value(value.detach().float(), dense, sparse)
     values = values if order is None else torch.take_along_dim(values, order[:, None, :, None], 2)

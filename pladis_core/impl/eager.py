@@ -75,7 +75,8 @@ def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int, z: torc
     tiny, eps = torch.finfo(scores.dtype).tiny, torch.finfo(scores.dtype).eps
     tau = _start(scores, alpha, dim).sub_(1.0 / (alpha - 1.0))
     step = torch.zeros_like(tau)
-    for _ in range(newton_steps(scores.shape[dim], alpha, scores.dtype)):
+    steps = newton_steps(scores.shape[dim], alpha, scores.dtype)
+    for _ in range(steps if alpha == 1.5 else steps - 1):
         tau += step
         torch.sub(scores, tau, out=z).clamp_(min=0.0)
         total = z.sum(dim, keepdim=True)
@@ -90,6 +91,19 @@ def _polynomial_numerators(scores: torch.Tensor, alpha: float, dim: int, z: torc
     torch.sub(scores, tau, out=z).sub_(step).clamp_(min=0.0)
     if alpha == 1.5:
         z.square_()
+    else:
+        _settle(z, dim)
+
+
+def _settle(z: torch.Tensor, dim: int) -> None:
+    """The last step of sparsemax, in z, where nothing rounds it.
+
+    A step back by a rounding, before it, lets a whole cluster of keys in again, each with that rounding. What a sum of
+    1 may be rounded by is no such surplus.
+    """
+    surplus = z.sum(dim, keepdim=True).sub_(1.0)
+    surplus.masked_fill_(surplus <= 4.0 * torch.finfo(z.dtype).eps, 0.0)
+    z.sub_(surplus / (z > 0.0).sum(dim, keepdim=True).clamp_(min=1)).clamp_(min=0.0)
 
 
 def _generic_numerators(scores: torch.Tensor, alpha: float, dim: int, weights: torch.Tensor) -> None:
@@ -198,7 +212,7 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
     groups = heads // key.shape[1]
     key, value = (t.to(dtype).repeat_interleave(groups, dim=1) if groups > 1 else t.to(dtype) for t in (key, value))
     value = bounded_value(value, dense, sparse)
-    unit, gain = unit_keys(key, scale)
+    unit, gain = unit_keys(key, scale, mask)
     elements = chunk_elements(query.device, dtype)
     while True:
         try:
@@ -215,7 +229,8 @@ def _fill(
 ) -> None:
     """Writes `out` in chunks of at most `elements` scores."""
     keys, dtype = unit.shape[-2], unit.dtype
-    step_h, step_q = chunk_shape(*query.shape[1:3], keys, elements)
+    _, heads, queries, _ = query.shape
+    step_h, step_q = chunk_shape(heads, queries, keys, elements)
     scratch = Scratch(step_h * step_q * keys, dtype, query.device)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         for rows in chunks(query.shape[:3], keys, elements):

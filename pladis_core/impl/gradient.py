@@ -110,10 +110,10 @@ def _add_chunk(totals, inputs, rows, grad, dtype, mixed, options) -> None:
         parts[3] = additive_mask(parts[3], dtype)
     parts = [t if t is None else t.detach().to(dtype) for t in parts]
     leaves = [(t[place], part.requires_grad_()) for t, place, part in zip(totals, places, parts, strict=True)
-              if t is not None]  # fmt: skip
+              if t is not None and part is not None]  # fmt: skip
     # a backward pass inside autocast would multiply matrices in 16 bit
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-        out = _formula(*parts, mixed, *options, grad.dtype)
+        out = _formula(*(*parts, mixed, *options, grad.dtype))
         found = torch.autograd.grad(out, [part for _, part in leaves], grad)
     for (total, _), part in zip(leaves, found, strict=True):
         total += part
@@ -121,7 +121,7 @@ def _add_chunk(totals, inputs, rows, grad, dtype, mixed, options) -> None:
 
 def _formula(query, key, value, mask, mass, row_lse, mixed, scale, alpha, dense, sparse, dtype) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value of one chunk, materialised: (heads, rows, Dv)."""
-    unit, gain = unit_keys(key, scale)
+    unit, gain = unit_keys(key, scale, mask)
     scores, peak = centred(query @ unit.mT, gain, mask, dim=-1)
     if row_lse is not None:
         mass = row_mass(peak, scores.exp().sum(-1, keepdim=True), row_lse)

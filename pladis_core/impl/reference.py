@@ -22,16 +22,21 @@ except ImportError as error:
         "backend 'reference' needs the entmax package: pip install entmax. The other backends do without it."
     ) from error
 
+# entmax differs from softmax by about alpha - 1, and bisection in float64 errs by its rounding over alpha - 1
+LIKE_SOFTMAX = 1e-8
+
 
 def entmax(scores: torch.Tensor, alpha: float, dim: int) -> torch.Tensor:
     """alpha-entmax by the `entmax` package: exact (sorted) at 1.5 and 2, bisection to the float floor elsewhere."""
-    if alpha == 1.0:
+    if alpha - 1.0 < LIKE_SOFTMAX:
         return scores.softmax(dim)
     if alpha == 1.5:
         return entmax15(scores, dim)
     if alpha == 2.0:
         return sparsemax(scores, dim)
-    return entmax_bisect(scores, alpha, dim, n_iter=60)
+    # it raises thresholds to the power 1 / (alpha - 1), which multiplies their roundings by that
+    wide = scores if scores.device.type == "mps" else scores.double()
+    return entmax_bisect(wide, alpha, dim, n_iter=60).to(scores.dtype)
 
 
 def mix_weights(
@@ -65,7 +70,7 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
     if key.shape[-2] == 0:
         return query.new_zeros(*query.shape[:-1], value.shape[-1])
     with torch.autocast(query.device.type, enabled=False):
-        unit, gain = unit_keys(key, scale)
+        unit, gain = unit_keys(key, scale, mask)
         scores = query.to(dtype) @ unit.mT
         scores, peak = centred(scores, gain, None if mask is None else additive_mask(mask, dtype), dim=-1)
         if row_lse is not None:

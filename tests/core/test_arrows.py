@@ -7,13 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
 def test_core_imports_neither_the_host_nor_an_optional_package():
-    code = "import sys, pladis_core; print([m for m in ('comfy', 'nodes', 'entmax', 'triton') if m in sys.modules])"
+    others = ("comfy", "nodes", "entmax", "triton", "diffusers")
+    code = f"import sys, pladis_core; print([m for m in {others} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("missing, module", (("torch", "pladis_core"), ("diffusers", "pladis_core.diffusers")))
+def test_what_is_missing_is_said_with_the_way_to_get_it(missing, module):
+    code = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError") and f'pip install "pladis-comfy[{missing}]"' in last
 
 
 def imports(path: Path) -> set[str]:

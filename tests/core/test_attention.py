@@ -315,3 +315,27 @@ def bad(**changes):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         pladis_attention(**arguments)
+
+
+@pytest.mark.parametrize("above", (1e-12, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5))
+def test_the_reference_is_exact_just_above_alpha_one(above):
+    query, key, value = tensors("sd15")
+    out = pladis_attention(query, key, value, alpha=1.0 + above, backend="reference")
+    # the first order of entmax in alpha - 1: softmax and as much of scores^2
+    torch.testing.assert_close(out.double(), definition(query, key, value, alpha=1.0), atol=2e-6 + 30 * above, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ("boolean", "additive", "of some heads"))
+def test_a_masked_key_changes_nothing_however_large(kind, backend):
+    query, key, value = tensors("grouped")
+    keep = torch.rand(2, 6 if kind == "of some heads" else 1, 1, 100) > 0.3
+    keep[..., 17] = False
+    mask = torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min) if kind == "additive" else keep
+    options = {"attn_mask": mask, "enable_gqa": True, "backend": backend}
+    expected = pladis_attention(query, key, value, **options)
+    key[:, :, 17] = torch.where(torch.rand(2, 2, 24) > 0.5, 1e38, -1e38)
+    assert torch.equal(pladis_attention(query, key, value, **options), expected)
+    leaf = key.clone().requires_grad_()
+    pladis_attention(query, leaf, value, **options).sum().backward()
+    assert (leaf.grad[:, :, 17] == 0).all() and leaf.grad.abs().sum() > 1e-3 and leaf.grad.isfinite().all()

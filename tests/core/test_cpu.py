@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import logging
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from test_attention import definition
-from test_entmax import ALPHAS, cliffs, clusters, hard_scores, oracle
+from test_entmax import ALPHAS, cliffs, clusters, edges, hard_scores, oracle
 
-from pladis_core import pladis_attention
+from pladis_core import pladis_attention, prepare
 from pladis_core.impl import cpu
 
 pytestmark = pytest.mark.skipif(cpu.compiled_loop() is None, reason="no GCC here: the portable backend serves")
 
 
 @pytest.fixture
-def not_compiled_yet():
+def not_compiled_yet(monkeypatch, tmp_path):
+    """The place where it is to be kept."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     cpu.compiled_loop.cache_clear()
-    yield
+    yield tmp_path / "pladis"
     cpu.compiled_loop.cache_clear()
 
 
@@ -53,6 +56,13 @@ def test_a_cluster_where_entmax_prunes(alpha, keys):
     """A last step is not solved more finely than to two roundings, which every key may err by."""
     scores = cliffs(alpha, keys)
     assert (weights_of(scores, alpha) - oracle(scores, alpha)).abs().max() <= 2 * keys * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("keys", (40, 77, 300))
+@pytest.mark.parametrize("peaks", (1, 2, 5, 17))
+def test_ties_at_the_edge_of_sparsemax_come_in_by_no_more_than_their_weight(peaks, keys):
+    scores = edges(keys, peaks)
+    assert (weights_of(scores, 2.0) - oracle(scores, 2.0)).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("alpha", (1.36, 1.4, 1.45, 1.49))
@@ -142,7 +152,7 @@ def test_a_compiler_that_fails_is_reported_once(not_compiled_yet, monkeypatch, c
     ]
 
 
-def test_without_a_temporary_folder(not_compiled_yet, monkeypatch, caplog):
+def test_without_any_folder(not_compiled_yet, monkeypatch, caplog):
     def full(*args, **kwargs):
         raise FileNotFoundError("No usable temporary directory found")
 
@@ -151,6 +161,103 @@ def test_without_a_temporary_folder(not_compiled_yet, monkeypatch, caplog):
     out = pladis_attention(*inputs, backend="eager")
     assert torch.equal(out, pladis_attention(*inputs, backend="portable"))
     assert "No usable temporary directory" in caplog.text
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The commands that made a library."""
+    made, run = [], subprocess.run
+
+    def counted(command, **options):
+        made.extend([command] * (str(cpu.SOURCE) in command))
+        return run(command, **options)
+
+    monkeypatch.setattr(cpu.subprocess, "run", counted)
+    return made
+
+
+@pytest.fixture
+def small_source(monkeypatch, tmp_path):
+    """Compiled in a moment."""
+    source = tmp_path / "small.cpp"
+    functions = ("long pladis_columns() { return 7; }", "int pladis_attend(void *) { return 1; }")
+    source.write_text("\n".join(f'extern "C" {function}' for function in functions))
+    monkeypatch.setattr(cpu, "SOURCE", source)
+
+
+def start_again():
+    cpu.compiled_loop.cache_clear()
+    return cpu.compiled_loop()
+
+
+def test_the_next_start_finds_it_again_and_says_where(
+    not_compiled_yet, small_source, compilations, caplog, monkeypatch
+):
+    with caplog.at_level(logging.INFO):
+        assert cpu.compiled_loop() is not None
+        assert start_again() is not None
+    (kept,) = not_compiled_yet.iterdir()
+    assert len(compilations) == 1
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    assert f"kept in {kept} (PLADIS_CPU_LOOP=0 turns it off)" in caplog.records[1].message
+    # another compiler, another processor
+    monkeypatch.setenv("CXX", "g++ -w")
+    assert start_again() is not None
+    monkeypatch.setattr(cpu, "_processor", lambda: "another")
+    assert start_again() is not None
+    assert len(compilations) == len(list(not_compiled_yet.iterdir())) == 3
+
+
+def test_what_is_kept_and_broken_is_made_again(not_compiled_yet, small_source, compilations):
+    assert cpu.compiled_loop() is not None
+    (kept,) = not_compiled_yet.iterdir()
+    kept.unlink()
+    kept.write_text("half a library")
+    assert start_again() is not None
+    assert len(compilations) == 2
+
+
+def test_several_at_once_do_not_disturb_each_other(not_compiled_yet, small_source):
+    command = cpu._compiler()
+    with ThreadPoolExecutor(3) as pool:
+        loops = list(pool.map(lambda _: cpu._kept_or_compiled(command)[0], range(3)))
+    assert [loop.pladis_columns() for loop in loops] == [7, 7, 7]
+    assert [path.suffix for path in not_compiled_yet.iterdir()] == [".so"]
+
+
+def test_a_folder_that_cannot_be_written_to(not_compiled_yet, small_source, caplog):
+    not_compiled_yet.write_text("a file in its place")
+    with caplog.at_level(logging.INFO):
+        assert cpu.compiled_loop() is not None
+    assert "not kept, as" in caplog.text
+
+
+def test_it_can_be_turned_off(not_compiled_yet, monkeypatch, caplog, compilations):
+    monkeypatch.setenv("PLADIS_CPU_LOOP", "0")
+    inputs = [torch.randn(1, 2, n, 16) for n in (40, 77, 77)]
+    with caplog.at_level(logging.INFO):
+        out = pladis_attention(*inputs)
+    assert torch.equal(out, pladis_attention(*inputs, backend="portable"))
+    assert not compilations
+    assert [record.message for record in caplog.records] == [
+        "PLADIS: its CPU loop is off (PLADIS_CPU_LOOP=0): same images, slower."
+    ]
+
+
+def test_a_command_with_an_open_quotation(not_compiled_yet, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", 'g++ "-w')
+    assert cpu.compiled_loop() is None
+    (record,) = caplog.records
+    assert 'CXX=g++ "-w cannot compile its CPU loop (No closing quotation)' in record.message
+
+
+def test_it_is_compiled_before_the_first_step(not_compiled_yet, compilations):
+    prepare(torch.device("cuda"))
+    assert not compilations
+    prepare("cpu")
+    assert len(compilations) == 1
+    pladis_attention(*(torch.randn(1, 2, n, 16) for n in (40, 77, 77)))
+    assert len(compilations) == 1
 
 
 @pytest.mark.parametrize("alpha", (1 + 1e-12, 1 + 1e-9, 1 + 1e-8, 1 + 1e-7, 1 + 1e-5))

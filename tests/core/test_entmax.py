@@ -68,6 +68,23 @@ def test_a_cluster_where_entmax_prunes(alpha, keys):
     assert (entmax(scores, alpha) - oracle(scores, alpha)).abs().max() <= keys * torch.finfo(torch.float32).eps
 
 
+def edges(keys: int, peaks: int) -> torch.Tensor:
+    """A few keys that share the weight, and a cluster of ties within roundings of where sparsemax prunes."""
+    first = -torch.rand(peaks) * 0.3 / peaks
+    first[0] = 0.0
+    threshold = (first.double().sum() - 1.0) / peaks
+    at = (threshold + torch.arange(-12, 240, 3, dtype=torch.float64) * 1.5e-8).float()
+    return torch.cat([first.expand(len(at), peaks), at[:, None].expand(-1, keys - peaks)], 1)
+
+
+@pytest.mark.parametrize("keys", (40, 77, 300, 2000))
+@pytest.mark.parametrize("peaks", (1, 2, 5, 17))
+def test_ties_at_the_edge_of_sparsemax_come_in_by_no_more_than_their_weight(peaks, keys):
+    """A threshold's rounding, times the ties, would be a weight."""
+    scores = edges(keys, peaks)
+    assert (entmax(scores, 2.0) - oracle(scores, 2.0)).abs().max() <= 2e-6
+
+
 @pytest.mark.parametrize("above", (1e-12, 1e-9, 1e-8, 1e-7))
 def test_alpha_just_above_one_is_softmax(above):
     for scores in (torch.zeros(8, 77), torch.randn(64, 77) * 5, torch.randn(64, 1000) * 0.1):

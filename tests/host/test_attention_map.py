@@ -13,7 +13,7 @@ import families
 import nodes as host_nodes
 import tiny
 from pladis_pack.nodes import pictures
-from pladis_pack.nodes.attention_map import FIGURES, PLADISAttentionMap, draw_words
+from pladis_pack.nodes.attention_map import FIGURES, PLADISAttentionMap, draw_words, masks
 from pladis_pack.nodes.hosting import Settings, find_target
 from pladis_pack.nodes.hosting.looking.attention_map import token_grid, watch_attention
 from pladis_pack.nodes.hosting.looking.words import Word, find_words
@@ -26,7 +26,7 @@ DEFAULTS = {
 
 def run(model, positive=tiny.POSITIVE, latent=None, **options):
     latent = latent or {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))}
-    return PLADISAttentionMap.execute(model, positive, latent, **{**DEFAULTS, **options}).result
+    return PLADISAttentionMap.execute(model, positive, latent, **{**DEFAULTS, **options}).result[:3]
 
 
 def test_the_maps_are_the_weights_of_the_layer():
@@ -334,6 +334,18 @@ def test_many_words_and_large_latents_stay_small():
     assert max(maps.shape[1:3]) <= 512 + 60
     with pytest.raises(ValueError, match="more than 32"):
         run(tiny.patcher("SD15"), words=",".join(f"#{i}" for i in range(1, 40)))
+
+
+def test_a_mask_for_each_word():
+    maps = torch.rand(3, 2, 8, 8)
+    maps[1, 0, :4], maps[1, 1] = 0.0, 0.25
+    found = masks(maps, None)
+    torch.testing.assert_close(found[0], maps[1, 0] / maps[1, 0].max())
+    assert found.shape == (2, 8, 8) and (found[0, :4] == 0).all() and (found[1] == 1).all()
+    assert masks(maps, torch.rand(1, 48, 64, 3)).shape == (2, 48, 64)
+    latent = {"samples": torch.rand(1, 4, 8, 8)}
+    found = PLADISAttentionMap.execute(tiny.patcher("SD15"), tiny.POSITIVE, latent, **{**DEFAULTS, "words": "#1, #2-3"})
+    assert found.result[3].shape == (2, 8, 8)
 
 
 def test_nan_is_drawn():

@@ -1,4 +1,4 @@
-"""The README has the table of families that the code has, and every family that it calls tested has a fixture."""
+"""docs/models.md has the table of families that the code has, and every family that it calls tested has a fixture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import families
 import tiny
 from pladis_pack.nodes.hosting.models.families import TABLE, UNET, UNSUPPORTED, Family, find_family
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 HOSTS = ("0.20.0", "0.33.0", "0.38.1")
 MARKS = ("<!-- families: written by tests/host/test_compatibility.py -->\n", "<!-- /families -->")
 
@@ -36,12 +36,12 @@ def family_of(model) -> Family | None:
     return find_family(model.model, model.model.diffusion_model)
 
 
-def test_the_readme_has_the_table():
-    before, mark, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
+def test_the_page_has_the_table():
+    before, mark, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     written, end, after = rest.partition(MARKS[1])
     assert mark and end
     if "PLADIS_WRITE_TABLE" in os.environ:
-        README.write_text(before + mark + table() + end + after, encoding="utf-8")
+        PAGE.write_text(before + mark + table() + end + after, encoding="utf-8")
     assert written == table(), "run this test once with PLADIS_WRITE_TABLE=1"
 
 

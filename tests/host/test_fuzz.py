@@ -104,6 +104,7 @@ VALUES = (
 DEFAULTS = {
     "scale": 2.0, "alpha": 1.5, "start_percent": 0.0, "end_percent": 1.0, "layers": "all", "blocks": "",
     "apply_to": "both", "force_unknown": False, "scale_schedule": "constant", "end_scale": 0.0, "norm_cap": 0.0,
+    "tokens": "all", "prompt": "",
 }  # fmt: skip
 
 

@@ -24,16 +24,19 @@ NODES = {
     "PLADISSweep": [
         ("model", None), ("seed", 0), ("steps", 20), ("cfg", 8.0), ("sampler_name", None), ("scheduler", None),
         ("positive", None), ("negative", None), ("latent_image", None), ("denoise", 1.0), ("vae", None),
-        ("scales", "0, 1, 2, 3"), ("alphas", "1.5"),
+        ("scales", "0, 1, 2, 3"), ("alphas", "1.5"), ("seeds", ""), ("end_percents", ""), ("norm_caps", ""),
+        ("layers", ""),
     ],
     # made by PLADIS Sweep while it runs
-    "PLADISSweepCell": [("latent", None), ("image", None), ("label", None), ("before", None)],
+    "PLADISSweepCell": [
+        ("latent", None), ("image", None), ("label", None), ("columns", 1), ("total", 1), ("before", None),
+    ],
     "PLADISSweepGrid": [("cells", None), ("columns", 1)],
 }
 OUTPUTS = {
     "PLADISApply": ["MODEL"],
     "PLADISApplyAdvanced": ["MODEL"],
-    "PLADISAttentionMap": ["IMAGE", "STRING", "IMAGE"],
+    "PLADISAttentionMap": ["IMAGE", "STRING", "IMAGE", "MASK"],
     "PLADISDemoCheckpoint": ["MODEL", "CLIP", "VAE"],
     "PLADISSweep": ["LATENT", "IMAGE"],
     "PLADISSweepCell": ["PLADIS_CELLS"],

@@ -20,7 +20,8 @@ APPLY, SAMPLER = "apply", "sampler"
 BASIC = {"scale": 2.0, "alpha": 1.5, "start_percent": 0.0, "end_percent": 1.0}
 # as workflows from before force_unknown name them
 ADVANCED = {**BASIC, "layers": "all", "blocks": "", "apply_to": "both"}
-SINCE = {"force_unknown": False, "scale_schedule": "constant", "end_scale": 0.0, "norm_cap": 0.0}
+SINCE = {"force_unknown": False, "scale_schedule": "constant", "end_scale": 0.0, "norm_cap": 0.0, "tokens": "all",
+         "prompt": ""}  # fmt: skip
 BLOCKS = [*(f"d{i}.0" for i in range(2)), "m0.0", *(f"u{i}.0" for i in range(4))]
 
 
@@ -100,7 +101,7 @@ def scale_2(server):
 def test_the_server_offers_the_documented_node(server, node, inputs):
     info = json.loads(server.get(f"/object_info/{node}"))[node]
     offered = {**info["input"]["required"], **info["input"].get("optional", {})}
-    assert list(offered) == ["model", *inputs]
+    assert [name for name in offered if name != "clip"] == ["model", *inputs]
     assert all(options.get("tooltip") for _, options in offered.values())
     assert {name: offered[name][1].get("default") for name in inputs} == inputs
     assert info["output"] == ["MODEL"]
@@ -207,10 +208,10 @@ def test_the_picture_shows_the_caption(server, node):
     assert found / wanted > 0.7
 
 
-def sweep(scales: str, alphas: str = "1.5", seed: int = 1, batch: int = 1, steps: int = 8) -> dict:
+def sweep(scales: str, alphas: str = "1.5", seed: int = 1, batch: int = 1, steps: int = 8, **others) -> dict:
     nodes = workflow(seed=seed)
     sampler = nodes.pop(SAMPLER)["inputs"]
-    lists = {"vae": ["demo", 2], "scales": scales, "alphas": alphas}
+    lists = {"vae": ["demo", 2], "scales": scales, "alphas": alphas, **others}
     nodes["sweep"] = {"class_type": "PLADISSweep", "inputs": {**sampler, "steps": steps, **lists}}
     nodes["latent"]["inputs"]["batch_size"] = batch
     nodes["decode"]["inputs"]["samples"] = ["sweep", 0]
@@ -280,6 +281,23 @@ def test_only_new_cells_are_sampled(server):
     assert len(pictures(server, entry, "save")) == 3
 
 
+def test_cells_of_a_shortened_list_are_not_sampled_again(server):
+    counts = [sampled_cells(server, sweep(scales, seed=15))[1] for scales in ("0, 1, 2", "1", "0, 1, 2")]
+    assert counts == [3, 0, 0]
+
+
+def test_the_other_axes_are_what_single_nodes_make(server, baseline, scale_2):
+    lists = {"seeds": "1, 2", "norm_caps": "0, 1", "layers": "all; d0-1", "end_percents": "1, 0.5"}
+    entry, sampled = sampled_cells(server, sweep("0, 2", **lists))
+    cells = pictures(server, entry, "save")
+    assert len(cells) == 32 and sampled <= 18
+    assert (cells[0] == baseline).all() and (cells[1] == scale_2).all()
+    last = {**BASIC, "end_percent": 0.5}, {"layers": "custom", "blocks": "d0-1", "norm_cap": 1.0}
+    single = workflow("PLADISApplyAdvanced", seed=2, **{**ADVANCED, **SINCE, **last[0], **last[1]})
+    assert (cells[31] == image(server, single)).all()
+    assert len({cell.tobytes() for cell in cells}) == 18
+
+
 def test_a_sweep_of_a_batch_has_a_grid_for_each_of_its_pictures(server):
     entry = server.run(sweep("0, 2", seed=6, batch=2))
     assert len(pictures(server, entry, "save")) == 4
@@ -305,6 +323,13 @@ def test_interrupting_keeps_the_cells_that_are_done(server):
     entry = server.run(long)
     thread.join()
     assert "execution_interrupted" in messages(entry)
+    # what was done is in the history, as a picture with room for the rest
+    drawn = [name for name in entry["outputs"] if name.startswith("sweep.")]
+    assert 1 <= len(drawn) <= 3
+    entry["status"]["status_str"] = "success"
+    for name in drawn:
+        (picture,) = pictures(server, entry, name)
+        assert picture.shape[1] == 6 * (96 + 4) + 4 and picture[-20:, -90:].max() < 60 < picture[-20:, :90].max()
     entry, sampled = sampled_cells(server, long)
     # two were done when the third began
     assert 1 <= sampled <= 4

@@ -88,9 +88,20 @@ def test_the_zip_holds_what_runs(zipped):
         expected -= {name for name in expected if name.startswith("demo/train")}
         assert expected and expected <= zipped
     assert {"web/docs/PLADISApply.md", "web/docs/images/sweep.png", "locales/zh/nodeDefs.json"} <= zipped
-    assert {"example_workflows/pladis_demo.json", "example_workflows/pladis_demo.jpg"} <= zipped
+    assert {"example_workflows/01_pladis_demo.json", "example_workflows/01_pladis_demo.jpg"} <= zipped
     # the demo node needs them
     assert len([name for name in zipped if name.endswith(".safetensors")]) == 4
+
+
+def test_the_readmes_links_work_in_the_zip_and_in_the_repository(zipped):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 120
+    links = re.findall(r"(?<=\]\()[^)]+|(?<=\]: )\S+", readme)
+    assert [link for link in links if "://" not in link and link not in zipped] == []
+    # what the zip leaves out is named by its address
+    address = r"https://(?:github\.com|raw\.githubusercontent\.com)/pladis-comfy/pladis-comfy/(?:blob/)?main/([^#]+)"
+    ours = [found[1] for link in links if (found := re.match(address, link))]
+    assert len(ours) > 5 and [path for path in ours if not (ROOT / path).is_file()] == []
 
 
 def test_the_zip_holds_nothing_else(zipped):
@@ -137,6 +148,11 @@ def test_publisher_and_addresses_are_set(metadata):
 def test_nothing_is_installed_into_the_users_host(metadata):
     assert metadata["project"]["dependencies"] == []
     assert not (ROOT / "requirements.txt").exists()
+
+
+def test_a_wheel_holds_every_package_of_the_core(metadata):
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "pladis_core").rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in folders} == set(metadata["tool"]["setuptools"]["packages"])
 
 
 def test_the_scripts_are_served_once(metadata):

@@ -48,5 +48,10 @@ def test_the_panel_shows_the_page_and_its_pictures(opened, help_of):
     expect(opened.get_by_role("heading", name="Limits", exact=True)).to_have_count(1)
     picture = opened.locator(f"img[src*='/extensions/{PACK_FOLDER}/docs/images/']").first
     opened.wait_for_function("(image) => image.naturalWidth > 100", arg=picture.element_handle())
+    # nothing has to be scrolled sideways, the formulas least of all
+    wide = "(found) => found.filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent)"
+    formulas = opened.locator("pre", has_text="scale")
+    assert formulas.evaluate_all(wide) == []
+    assert formulas.count() == (help_of.stem in ("PLADISApply", "PLADISApplyAdvanced", "PLADISAttentionMap"))
     # closes the panel
     button.click()

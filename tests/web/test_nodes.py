@@ -17,7 +17,7 @@ from pladis_core import entmax, pladis_weights
 SCREENSHOTS = Path(__file__).parents[2] / "docs" / "screenshots"
 DEMO, BASIC, ADVANCED, CHECKPOINT, UNKNOWN = 1, 2, 3, 4, 5
 BLOCKS = ["d0", "d1", "m0", "u0", "u1", "u2", "u3"]
-VALUES = {BASIC: [2, 1.5, 0, 1], ADVANCED: [2, 1.5, 0, 1, "all", "", "both", False, "constant", 0, 0]}
+VALUES = {BASIC: [2, 1.5, 0, 1], ADVANCED: [2, 1.5, 0, 1, "all", "", "both", False, "constant", 0, 0, "all", ""]}
 # node id: class, position, values, {input: [node, output]}
 PANELS = {
     DEMO: ("PLADISDemoCheckpoint", (80, 130), {}, {}),
@@ -405,7 +405,7 @@ def test_a_saved_workflow_holds_the_inputs_alone_and_loads_as_it_was(page):
     assert set(prompt[str(BASIC)]["inputs"]) == {"model", "scale", "alpha", "start_percent", "end_percent"}
     assert set(prompt[str(ADVANCED)]["inputs"]) == {
         *prompt[str(BASIC)]["inputs"], "layers", "blocks", "apply_to", "force_unknown",
-        "scale_schedule", "end_scale", "norm_cap",
+        "scale_schedule", "end_scale", "norm_cap", "tokens", "prompt",
     }  # fmt: skip
 
 
@@ -606,3 +606,142 @@ def test_a_node_in_a_subgraph_says_what_the_last_run_did(page):
     queue(page)
     expect(receipt(page, node)).to_have_text(f"7 of 7 text layers in 20 of 20 steps, lambda 2, alpha {alpha}")
     assert_it_has_its_own_room(page, node)
+
+
+def choose(page: Page, node: int, *entries: str) -> None:
+    """What a click in the menu of the right mouse button does."""
+    page.evaluate(
+        """([id, entries]) => {
+            let found = { submenu: { options: app.collectNodeMenuItems(app.graph.getNodeById(id)) } };
+            for (const entry of entries)
+                found = found.submenu.options.find(({ content }) => content.startsWith(entry));
+            found.callback(found.value, {}, undefined, undefined, app.graph.getNodeById(id));
+        }""",
+        [node, entries],
+    )
+    settle(page)
+
+
+def test_a_preset_sets_the_inputs_in_one_step_of_undo(page):
+    before = saved(page)
+    set_value(page, ADVANCED, scale=3, layers="custom", blocks="d1", norm_cap=2, end_percent=0.4, start_percent=0.1,
+              tokens="words only")
+    steps = steps_to_undo(page)
+    choose(page, ADVANCED, "PLADIS presets", "Flux.1")
+    # not the list of blocks, which is the user's
+    expected = {"scale": 1.5, "alpha": 1.5, "start_percent": 0, "end_percent": 1, "layers": "all", "blocks": "d1",
+                "apply_to": "both", "scale_schedule": "constant", "norm_cap": 0, "tokens": "all"}  # fmt: skip
+    assert {name: value(page, ADVANCED, name) for name in expected} == expected
+    assert_plotted(page, ADVANCED, 1.5, 1.5)
+    assert steps_to_undo(page) == steps + 1
+    choose(page, BASIC, "PLADIS presets", "Gentle")
+    assert [value(page, BASIC, name) for name in ("scale", "alpha", "start_percent", "end_percent")] == [0.5, 1.5, 0, 1]
+    # nothing but values has changed
+    own, after = ({node["id"]: node for node in graph["nodes"]} for graph in (before, saved(page)))
+    assert own.keys() == after.keys()
+    for node, one in own.items():
+        assert one.keys() == after[node].keys() and one["properties"] == after[node]["properties"]
+
+
+def test_only_the_apply_nodes_have_our_entries(page):
+    box = node_box(page, ADVANCED)
+    page.wait_for_timeout(500)
+    title = box["y"] + (12 if page.renderer == "nodes-2" else -18)
+    page.mouse.click(box["x"] + box["width"] - 40, title, button="right")
+    for entry in ("PLADIS presets", "Compare with scale 0"):
+        expect(page.get_by_text(entry).first).to_be_visible()
+    entries = "(id) => app.collectNodeMenuItems(app.graph.getNodeById(id)).map((item) => item?.content)"
+    ours = ["PLADIS presets", "Compare with scale 0 (PLADIS Sweep)"]
+    assert all(set(ours) <= set(page.evaluate(entries, node)) for node in (BASIC, ADVANCED))
+    assert not set(ours) & {*page.evaluate(entries, DEMO), *page.evaluate(entries, CHECKPOINT)}
+
+
+def made_by_comparing(page: Page) -> dict:
+    """The inputs of the sweep, as they would be queued."""
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    (sweep,) = [node["inputs"] for node in prompt.values() if node["class_type"] == "PLADISSweep"]
+    (grid,) = [node["inputs"]["images"] for node in prompt.values() if node["class_type"] == "PreviewImage"]
+    assert prompt[grid[0]]["class_type"] == "PLADISSweep" and grid[1] == 1
+    return sweep
+
+
+def test_comparing_with_scale_0_makes_the_sweep_of_the_users_graph(page):
+    page.evaluate(BUILD, SAMPLING)
+    set_value(page, ADVANCED, scale=1.25, norm_cap=2, layers="custom", blocks="d0,m0")
+    # not what the host has in its cache from the other renderer
+    steps = 3 if page.renderer == "classic" else 4
+    set_value(page, 13, steps=steps)
+    before, undone = saved(page), steps_to_undo(page)
+    choose(page, ADVANCED, "Compare with scale 0")
+    links = {"model": [str(ADVANCED), 0], "positive": ["10", 0], "negative": ["11", 0], "latent_image": ["12", 0],
+             "vae": [str(DEMO), 2]}  # fmt: skip
+    values = {"seed": 1, "steps": steps, "cfg": 3, "sampler_name": "euler", "scheduler": "simple", "denoise": 1,
+              "scales": "0, 1.25", "alphas": "1.5", "seeds": "", "end_percents": "", "norm_caps": "2",
+              "layers": "d0,m0"}  # fmt: skip
+    assert made_by_comparing(page) == {**links, **values}
+    assert steps_to_undo(page) == undone + 1
+    page.keyboard.press("Control+z")
+    page.wait_for_function("app.graph.nodes.every(({ type }) => type !== 'PLADISSweep')")
+    assert {node["id"] for node in saved(page)["nodes"]} == {node["id"] for node in before["nodes"]}
+    # the values are there before ComfyUI is ready for the next
+    page.wait_for_timeout(700)
+    choose(page, ADVANCED, "Compare with scale 0")
+
+    # the picture on the node grows with every cell
+    sweep = page.evaluate("app.graph.nodes.find(({ type }) => type === 'PLADISSweep').id")
+    page.evaluate(
+        """(id) => {
+            window.shown = [];
+            app.api.addEventListener("executed", ({ detail }) => {
+                if (String(detail.display_node) === String(id) && detail.output?.images) shown.push(detail.node);
+            });
+        }""",
+        sweep,
+    )
+    queue(page)
+    assert len(set(page.evaluate("shown"))) == 2
+    page.wait_for_function("(id) => app.nodeOutputs[id]?.images?.length === 1", arg=sweep)
+    if page.renderer == "nodes-2":
+        expect(page.locator(f"[data-node-id='{sweep}'] img")).to_be_visible()
+    else:
+        page.wait_for_function("(id) => app.graph.getNodeById(id).imgs?.[0].naturalWidth > 100", arg=sweep)
+
+
+def test_a_comparison_that_cannot_be_made_or_is_not_whole_says_so(page):
+    choose(page, BASIC, "Compare with scale 0")
+    expect(page.get_by_text("No KSampler takes this node's model").first).to_be_visible()
+    assert page.evaluate("app.graph.nodes.every(({ type }) => type !== 'PLADISSweep')")
+    page.evaluate(BUILD, {node: made for node, made in SAMPLING.items() if node not in (14, 15)})
+    set_value(page, ADVANCED, scale_schedule="cosine", start_percent=0.1, end_percent=0.5)
+    choose(page, ADVANCED, "Compare with scale 0")
+    expect(page.get_by_text("settings of the node: start_percent, scale_schedule.").first).to_be_visible()
+    # without a node that decodes, the VAE of the loader
+    sweep = made_by_comparing(page)
+    assert sweep["vae"] == [str(DEMO), 2] and sweep["end_percents"] == "0.5" and sweep["layers"] == ""
+
+
+def test_comparing_inside_a_subgraph_takes_what_comes_from_outside(page):
+    page.evaluate(BUILD, SAMPLING)
+    page.evaluate(
+        """(ids) => {
+            const { node } = app.graph.convertToSubgraph(new Set(ids.map((id) => app.graph.getNodeById(id))));
+            app.canvas.openSubgraph(node.subgraph, node);
+        }""",
+        [ADVANCED, 13, 14],
+    )
+    page.wait_for_timeout(500)
+    page.evaluate(
+        """() => {
+            const apply = app.canvas.graph.nodes.find(({ type }) => type === "PLADISApplyAdvanced");
+            app.collectNodeMenuItems(apply).at(-1).callback();
+        }"""
+    )
+    settle(page)
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    (sweep,) = [node["inputs"] for node in prompt.values() if node["class_type"] == "PLADISSweep"]
+    (apply,) = [name for name, node in prompt.items() if node["class_type"] == "PLADISApplyAdvanced"]
+    links = {"model": [apply, 0], "positive": ["10", 0], "negative": ["11", 0], "latent_image": ["12", 0],
+             "vae": [str(DEMO), 2]}  # fmt: skip
+    assert {name: sweep[name] for name in links} == links
+    page.evaluate("app.canvas.setGraph(app.graph)")
+    settle(page)

@@ -112,6 +112,21 @@ def test_a_language_has_every_text_of_the_panels(language, english):
         assert text != english[key] or len(text.split()) == 1, key
 
 
+def test_the_presets_are_those_of_the_help_page(english, modules):
+    presets = modules.evaluate("async () => (await import('/pladis_presets.js')).PRESETS")
+    page = (PACK / "web" / "docs" / "PLADISApply.md").read_text(encoding="utf-8")
+    table = page.split("## Presets", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| (.+?) \|$", table, re.MULTILINE)
+    assert len(rows) == len(presets)
+    for (kind, scale, source), (key, values) in zip(rows, presets.items(), strict=True):
+        assert float(scale) == values.get("scale", 2) and values.keys() <= {"scale"}
+        label = english[key].format(scale=scale)
+        assert label.startswith(kind) and f"scale {scale} (" in label
+        # the label's source in short
+        named = re.search("paper|authors' code|[Uu]sers|[Nn]o source|[Mm]easured", source)[0].lower()
+        assert named in label.rsplit("(", 1)[1].lower()
+
+
 @pytest.mark.parametrize("language", ["en", *LANGUAGES])
 def test_the_words_have_room(language, english, modules):
     texts = MAIN.get(language, english)

@@ -16,8 +16,8 @@ from ..models.tokens import OTHER, PADDING, START, WORD
 PARTS = {"start": START, "words": WORD, "padding": OTHER + PADDING}
 # shares of the text's attention
 SINK, PADDED = 0.4, 0.3
-# times as steep as softmax
-STEEP, FLAT = 5.0, 1.5
+# times as steep as softmax, at the paper's scale
+STEEP, FLAT, PAPER = 5.0, 1.5, 2.0
 
 
 def parts_of(kinds: tuple[str, ...]) -> dict[str, list[int]]:
@@ -38,35 +38,36 @@ def mean_mass(reports: Sequence[LayerReport], part: str, kind: int = 0) -> float
 
 
 def sentence(reports: Sequence[LayerReport], lam: float, alpha: float) -> str:
-    """One plain sentence: the regime, and what to try."""
+    """One plain sentence: the regime, whatever the scale, and what to try."""
     start, padding = (mean_mass(reports, part) or 0.0 for part in ("start", "padding"))
-    effective, steep = (sum(getattr(r, name) for r in reports) / len(reports) for name in ("effective", "sharpening"))
-    flips = [r.flipped for r in reports if r.flipped is not None]
-    flipped = f", and {sum(flips) / len(flips):.0%} of the words' weights turn negative" if flips else ""
+    effective = sum(report.effective for report in reports) / len(reports)
+    steep = sharpening_factor(effective, PAPER, alpha)
+    before, after = (mean_mass(reports, "words", kind) for kind in (0, 1))
+    words = "" if before is None else f", and scale {lam:g} takes the words' share from {before:.0%} to {after:.0%}"
     if start >= SINK:
         return (
-            f"Sink: the start token holds {start:.0%} of the text's attention{flipped}. Try tokens: without start "
+            f"Sink: the start token holds {start:.0%} of the text's attention{words}. Try tokens: without start "
             "token in Apply PLADIS (Advanced)."
         )
     if padding >= PADDED:
         return (
             f"Padding: end token and padding hold {padding:.0%} of the text's attention and are sharpened along with "
-            f"the words{flipped}. Try tokens: words only in Apply PLADIS (Advanced), or a lower scale."
+            f"the words{words}. Try tokens: words only in Apply PLADIS (Advanced), or a lower scale."
         )
     if steep >= STEEP:
         # a mix as steep as STEEP
         calm = (STEEP - 1) / (sharpening_factor(effective, 1.0, alpha) - 1)
         return (
-            f"Diffuse: attention spreads over {effective:.3g} tokens, so scale {lam:g} makes it about {steep:.2g} "
+            f"Diffuse: attention spreads over {effective:.3g} tokens, so scale {PAPER:g} makes it about {steep:.2g} "
             f"times as steep as softmax. If pictures get worse, try scale {calm:.2g} ({STEEP:g} times as steep)."
         )
     if steep <= FLAT:
         return (
-            f"Peaky: attention spreads over {effective:.2g} tokens, so scale {lam:g} makes it only about {steep:.2g} "
-            "times as steep as softmax. PLADIS changes little here, whatever the scale."
+            f"Peaky: attention spreads over {effective:.2g} tokens, so scale {PAPER:g} makes it only about "
+            f"{steep:.2g} times as steep as softmax. PLADIS changes little here."
         )
     return (
-        f"In between: attention spreads over {effective:.3g} tokens, and scale {lam:g} makes it about {steep:.2g} "
+        f"In between: attention spreads over {effective:.3g} tokens, and scale {PAPER:g} makes it about {steep:.2g} "
         "times as steep as softmax. Nothing here speaks against the paper's scale 2."
     )
 

@@ -164,8 +164,8 @@ def _unknown(base, network: nn.Module) -> str:
     pack = pack_of(network)
     by = f" of {pack}" if pack else ""
     way_out = advice(pack) or (
-        "The README lists the families that it knows. To try a general rule, set force_unknown in Apply PLADIS "
-        "(Advanced); else remove the Apply PLADIS node, or load another model."
+        "docs/models.md in its repository lists the families that it knows. To try a general rule, set force_unknown "
+        "in Apply PLADIS (Advanced); else remove the Apply PLADIS node, or load another model."
     )
     return (
         f"PLADIS does not know this kind of model and cannot reach the text attention of {type(network).__name__}{by} "
