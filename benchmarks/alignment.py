@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from .alignment_demo import CAPTION_SEED, PARTS
+from .alignment_demo import CAPTION_SEED, PARTS, ROBUSTNESS_CAPTIONS
 from .comfy_client import PATIENCE, WorkflowError
 
 SERVER = """Pictures of every prompt and seed with every setting, their scores, and what follows from them.
@@ -53,8 +53,11 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         "seed 0 all the same",
     )  # fmt: skip
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all, in this order")
-    parser.add_argument("--tune", type=int, default=300, help="captions to choose on (default: %(default)s)")
-    parser.add_argument("--report", type=int, default=1000, help="captions to report on (default: %(default)s)")
+    parser.add_argument("--tune", type=int, default=150, help="captions to choose on (default: %(default)s)")
+    parser.add_argument(
+        "--report", type=int, default=1000,
+        help=f"captions to report on, robustness to noise on the first {ROBUSTNESS_CAPTIONS} (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--caption-seed", type=int, default=CAPTION_SEED, help="of both (default: %(default)s)")
     parser.add_argument("--precise", action="store_true", help="float32; else bfloat16 where the CPU has it")
     parser.add_argument("--forecast", action="store_true", help="say how long it will take, and stop")

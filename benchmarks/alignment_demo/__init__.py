@@ -4,3 +4,5 @@
 # robustness to noise
 PARTS = ("fixed", "student", "tuned", "noise")
 CAPTION_SEED = 2026
+# the first of the captions to report on, for robustness to noise
+ROBUSTNESS_CAPTIONS = 500

@@ -16,7 +16,7 @@ from .scorers import Captions
 STEPS = 10
 CFGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NO_GUIDANCE, CFG_3, TUNED = "no guidance", "CFG 3", "tuned CFG"
-# ways of sampling, each with what an arm may choose among
+# ways of sampling; at the tuned CFG an arm chooses among several
 STANDARD_WAYS = {
     NO_GUIDANCE: (Sampling(STEPS, 1.0),),
     CFG_3: (Sampling(STEPS, 3.0),),
@@ -48,16 +48,21 @@ class Choice:
 
 def choose(scorer: Scorer, model: Trained, way: str, arm: str) -> Choice:
     """The candidate with the highest F1 on the captions to tune on; the first of equals."""
-    among = WAYS[way]
-    if len(among) == 1 and arm != PER_GROUP and len(TRIED[arm]) == 1:
-        return Choice(TRIED[arm][0], among[0], {})
-    f1 = {
-        (setting, sampling): score
-        for sampling in among
-        for setting, score in tried(arm, lambda setting, s=sampling: tuned(scorer, model, s, setting)).items()
-    }
-    setting, sampling = max(f1, key=f1.__getitem__)
-    return Choice(setting, sampling, f1)
+    if way == TUNED:
+        return choose_cfg(scorer, model, choose(scorer, model, CFG_3, arm).setting)
+    (sampling,) = WAYS[way]
+    if arm != PER_GROUP and len(TRIED[arm]) == 1:
+        return Choice(TRIED[arm][0], sampling, {})
+    f1 = tried(arm, lambda setting: tuned(scorer, model, sampling, setting))
+    best = max(f1, key=f1.__getitem__)
+    return Choice(best, sampling, {(setting, sampling): score for setting, score in f1.items()})
+
+
+def choose_cfg(scorer: Scorer, model: Trained, setting: Setting) -> Choice:
+    """The CFG that is best for a setting."""
+    f1 = {(setting, sampling): tuned(scorer, model, sampling, setting) for sampling in WAYS[TUNED]}
+    _, best = max(f1, key=f1.__getitem__)
+    return Choice(setting, best, f1)
 
 
 def tuned(scorer: Scorer, model: Trained, way: Sampling, setting: Setting, measure: str = "F1") -> float:
@@ -70,9 +75,9 @@ def advised(scorer: Scorer, model: Trained, choices: dict[str, Choice]) -> str:
     return max(SETTABLE, key=lambda arm: tuned(scorer, model, choices[arm].sampling, choices[arm].setting))
 
 
-def shipped(scorer: Scorer, models: Models) -> tuple[str | None, dict[str, float]]:
-    """The kind of model that ships by the plan's rule, of those that are there, and what the rule looks at: the largest
-    share of mistakes with *all objects* in WANTED, else the closest."""
+def ships_by_rule(scorer: Scorer, models: Models) -> tuple[str | None, dict[str, float]]:
+    """The kind of model that should ship by the plan's rule, of those that are measured, and what the rule looks at:
+    the largest share of mistakes with *all objects* in WANTED, else the closest."""
     way = STANDARD_WAYS[CFG_3][0]
     kinds = [kind for kind in SHARES if models.of(kind)]
     shares = {kind: tuned(scorer, models.chooser(kind), way, SOFTMAX, "all objects") for kind in kinds}

@@ -10,15 +10,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import PARTS
-from .choices import shipped
+from . import PARTS, scope
+from .choices import ships_by_rule
 from .measure import measure
 from .models import Models, find
 from .regime import figures
 from .results import results
 from .scorers import Captions, Drawn, Forecast, unit_costs
 from .store import Store
-from .tables import markdown
+from .tables import about_shipped, markdown
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     drawn = Drawn(Captions(args.tune, args.report, args.caption_seed), Store(args.out / "scores"), args.precise)
     work = forecast(drawn, models, args.parts)
     if work:
+        _print_scope(drawn.captions, args.parts)
         _print_forecast(work, *unit_costs(drawn, models.there[models.measured[0]]))
     if not args.forecast:
         with tqdm(total=sum(pictures for _, pictures in work.values()), unit="picture", mininterval=10) as bar:
@@ -44,8 +45,19 @@ def forecast(drawn: Drawn, models: Models, parts: Sequence[str]) -> dict[str, li
     """Network evaluations and pictures that are still to come, for each model."""
     guess = Forecast(drawn)
     measure(guess, models, parts)
-    shipped(guess, models)
+    ships_by_rule(guess, models)
     return guess.work
+
+
+def _print_scope(captions: Captions, parts: Sequence[str]) -> None:
+    """What is measured on what."""
+    counts = {split: len(prompts) for split, prompts in captions.prompts.items()}
+    print(f"{counts['tune']} captions to choose on, {counts['report']} to report on.")
+    print(scope.about_arms(scope.SHIPPED_KIND))
+    if "tuned" in parts:
+        print(scope.about_tuned(scope.SHIPPED_KIND))
+    if "noise" in parts:
+        print(f"Robustness: {scope.about_robustness(scope.SHIPPED_KIND, counts['robustness'])}", flush=True)
 
 
 def _print_forecast(work: dict[str, list[int]], evaluation: float, picture: float) -> None:
@@ -62,14 +74,16 @@ def _print_forecast(work: dict[str, list[int]], evaluation: float, picture: floa
 def tabulate(drawn: Drawn, models: Models, parts: Sequence[str]) -> dict[str, Any]:
     """All that was asked for, measured, as plain data."""
     captions = drawn.captions
+    by_rule, shares = ships_by_rule(drawn, models)
+    tqdm.write(about_shipped(scope.SHIPPED_KIND, by_rule, shares))
     measured = measure(drawn, models, parts)
-    kind, shares = shipped(drawn, models)
     skipped = {f"part {part}": "left out by --parts" for part in PARTS if part not in parts}
     return {
         "captions": {**{split: len(p) for split, p in captions.prompts.items()}, "seed": captions.seed},
         "models": {name: models.there[name].digest for name in models.measured},
         "skipped": {**models.skipped, **skipped},
-        "shipped": kind, "all objects at CFG 3 on the captions to tune on": shares,
+        "shipped": scope.SHIPPED_KIND, "ships by the rule": by_rule,
+        "all objects at CFG 3 on the captions to tune on": shares,
         **results(measured), **figures(models, drawn.store),
     }  # fmt: skip
 

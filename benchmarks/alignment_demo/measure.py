@@ -7,26 +7,24 @@ from dataclasses import dataclass, field
 
 from demo.oracle import Score
 
-from . import PARTS
+from . import PARTS, scope
 from .arms import ARMS
 from .choices import CFG_3, NO_GUIDANCE, STUDENT_WAYS, TUNED, Choice, Scorer, advised, choose
 from .errors import Reported, object_sets
-from .models import SHARES, SINK, STUDENT, Models
+from .models import Models
 from .pictures import NONE, Disturbance
+from .scope import COMPARED, DISTURBANCES, DISTURBED_WAYS
 
 PART_WAYS = {"fixed": (NO_GUIDANCE, CFG_3), "student": tuple(STUDENT_WAYS), "tuned": (TUNED,), "noise": ()}
-DISTURBED_WAYS = (NO_GUIDANCE, CFG_3)
-DISTURBED_ARMS = ("softmax", "the paper", "PLADIS, chosen", "temperature")
-DISTURBANCES = tuple(Disturbance(where, level) for where in ("text states", "queries") for level in (0.25, 0.5, 1.0))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of model under one way of sampling: what each arm chose, what the pack's nodes should be set to, and
-    what came out on the captions to report on."""
+    """One kind of model under one way of sampling: what each arm chose, what the pack's nodes should be set to (None
+    where not all arms were measured), and what came out on the captions to report on."""
 
     choices: dict[str, Choice]
-    advised: str
+    advised: str | None
     reported: dict[str, Reported]
 
 
@@ -43,45 +41,49 @@ def measure(scorer: Scorer, models: Models, parts: Sequence[str]) -> Measured:
     measured = Measured()
     for part in (part for part in PARTS if part in parts):
         for way in PART_WAYS[part]:
-            for kind in kinds_of(way, models):
+            for kind in (kind for kind in scope.kinds_of(way) if models.of(kind)):
                 measured.cells[kind, way] = measure_cell(scorer, models, kind, way)
-    if "noise" in parts:
+    if "noise" in parts and models.of(scope.SHIPPED_KIND):
         for way in DISTURBED_WAYS:
-            for kind in (kind for kind in SHARES if models.of(kind)):
-                measured.disturbed |= measure_disturbed(scorer, models, kind, way)
+            measured.disturbed |= measure_disturbed(scorer, models, scope.SHIPPED_KIND, way)
     return measured
-
-
-def kinds_of(way: str, models: Models) -> list[str]:
-    kinds = (STUDENT,) if way in STUDENT_WAYS else (*SHARES, SINK)
-    return [kind for kind in kinds if models.of(kind)]
 
 
 def measure_cell(scorer: Scorer, models: Models, kind: str, way: str) -> Cell:
     """Chooses on one seed's model, then reports on all."""
     chooser = models.chooser(kind)
-    choices = {arm: choose(scorer, chooser, way, arm) for arm in ARMS}
-    best = advised(scorer, chooser, choices)
+    choices = {arm: choose(scorer, chooser, way, arm) for arm in scope.arms_of(kind)}
+    best = advised(scorer, chooser, choices) if len(choices) == len(ARMS) else None
     return Cell(choices, best, report(scorer, models, kind, {arm: (choice, NONE) for arm, choice in choices.items()}))
 
 
 def report(
-    scorer: Scorer, models: Models, kind: str, wanted: dict[Hashable, tuple[Choice, Disturbance]]
+    scorer: Scorer,
+    models: Models,
+    kind: str,
+    wanted: dict[Hashable, tuple[Choice, Disturbance]],
+    split: str = "report",
 ) -> dict[Hashable, Reported]:
-    """What comes out on the captions to report on, by the names of what is wanted; one model after the other."""
+    """What comes out, by the names of what is wanted; one model after the other.
+
+    Args:
+        split: "robustness" are the first of those to "report" on, so that what is without noise has been drawn.
+    """
     scores: dict[Hashable, dict[int, list[Score]]] = {name: {} for name in wanted}
+    prompts = scorer.captions.prompts[split]
     for model in models.of(kind):
         for name, (choice, noise) in wanted.items():
-            scores[name][model.seed] = scorer.scores(model, "report", choice.sampling, choice.setting, noise)
-    sets = object_sets(scorer.captions.prompts["report"])
+            drawn = scorer.scores(model, split if noise.level else "report", choice.sampling, choice.setting, noise)
+            scores[name][model.seed] = drawn[: len(prompts)]
+    sets = object_sets(prompts)
     return {name: Reported.of(of_seeds, sets) for name, of_seeds in scores.items()}
 
 
 def measure_disturbed(scorer: Scorer, models: Models, kind: str, way: str) -> dict:
     """Robustness to noise of settings that were chosen without it."""
     chooser = models.chooser(kind)
-    choices = {arm: choose(scorer, chooser, way, arm) for arm in DISTURBED_ARMS}
+    choices = {arm: choose(scorer, chooser, way, arm) for arm in COMPARED}
     wanted = {
         (kind, way, noise, arm): (choice, noise) for noise in (NONE, *DISTURBANCES) for arm, choice in choices.items()
     }
-    return report(scorer, models, kind, wanted)
+    return report(scorer, models, kind, wanted, "robustness")

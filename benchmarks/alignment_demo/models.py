@@ -12,14 +12,23 @@ import torch
 from demo.train.common import averaged
 from demo.train.diffusion import noisy_name
 from demo.train.options import NOISES, SHIPPED
+from demo.train.student import NOISE
 
 SEEDS = (0, 1, 2)
 NOISE_KINDS = tuple(noisy_name(noise, 0)[:-2] for noise in NOISES)
 # share of mistakes of each kind that the dial compares
 SHARES = dict(zip(NOISE_KINDS, NOISES, strict=True))
+# of the model whose weights ship, and from which the student is distilled
+SHIPPED_KIND = noisy_name(NOISE, 0)[:-2]
 SINK, STUDENT = "sink", "student"
 # its models choose for those of the other seeds
 CHOOSING = SHIPPED
+
+
+def named(kind: str) -> str:
+    if kind in SHARES:
+        return f"{SHARES[kind]:.0%} mistakes".replace("%", " %")
+    return {SINK: "start token made a sink", STUDENT: "few-step student"}[kind]
 
 
 @dataclass(frozen=True)

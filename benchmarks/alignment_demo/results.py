@@ -6,16 +6,14 @@ import math
 from typing import Any
 
 from .arms import ARMS
-from .choices import CFG_3, NO_GUIDANCE, STUDENT_WAYS, TUNED, Choice
-from .errors import MEASURES, Figure, Reported
-from .measure import DISTURBANCES, DISTURBED_ARMS, Cell, Measured
+from .choices import WAYS, Choice
+from .errors import MEASURES, SEEDS, Figure, Reported
+from .measure import Cell, Measured
 from .models import SHARES
 from .pictures import NONE, Disturbance
+from .scope import COMPARED, DIAL_WAYS, DISTURBANCES
 
 JUDGED = ("all objects", "F1")
-# whose gains the dial compares
-DIALLED = ("the paper", "PLADIS, chosen", "tokens", "norm_cap", "temperature", "temperature per layer group")
-ORDER = (NO_GUIDANCE, CFG_3, TUNED, *STUDENT_WAYS)
 
 
 def plain(figure: Figure) -> dict[str, Any]:
@@ -30,17 +28,17 @@ def results(measured: Measured) -> dict[str, Any]:
     for (kind, way), cell in measured.cells.items():
         cells.setdefault(way, {})[kind] = cell_results(cell)
     return {
-        "cells": {way: cells[way] for way in ORDER if way in cells},
-        "dial": {way: dial(measured, way) for way in (NO_GUIDANCE, CFG_3, TUNED) if way in cells},
+        "cells": {way: cells[way] for way in WAYS if way in cells},
+        "dial": {way: dial(measured, way) for way in DIAL_WAYS if way in cells},
         "disturbed": disturbed(measured),
     }
 
 
 def cell_results(cell: Cell) -> dict[str, Any]:
-    others = {"softmax": "softmax", "temperature": "temperature", "chosen": "PLADIS, chosen", "advised": cell.advised}
+    others = {"softmax": "softmax", "temperature": "temperature", "chosen": "PLADIS, chosen"}
+    others |= {"advised": cell.advised} if cell.advised else {}
     rows = {}
-    for arm in ARMS:
-        mine = cell.reported[arm]
+    for arm, mine in cell.reported.items():
         rows[arm] = {
             **chosen(cell.choices[arm]),
             "figures": {name: plain(mine.figure(name)) for name in MEASURES},
@@ -64,8 +62,8 @@ def chosen(choice: Choice) -> dict[str, Any]:
 def as_well(cell: Cell) -> list[str]:
     """The other arms that no difference puts below the advised one, in either measure that is judged by; none with
     fewer than three seeds, where nothing is called a difference."""
-    advised = cell.reported[cell.advised]
-    if len(advised.values["F1"]) < 3:
+    advised = cell.reported[cell.advised] if cell.advised else None
+    if advised is None or len(advised.values["F1"]) < SEEDS:
         return []
 
     def worse(arm: str) -> bool:
@@ -80,7 +78,7 @@ def dial(measured: Measured, way: str) -> dict[str, Any]:
     the temperature."""
     kinds = [kind for kind in SHARES if (kind, way) in measured.cells]
     arms = {kind: measured.cells[kind, way].reported for kind in kinds}
-    gains = {arm: {kind: arms[kind][arm] - arms[kind]["softmax"] for kind in kinds} for arm in DIALLED}
+    gains = {arm: {kind: arms[kind][arm] - arms[kind]["softmax"] for kind in kinds} for arm in COMPARED[1:]}
     pairs = list(zip(kinds, kinds[1:], strict=False))
     pairs += [(kinds[0], kinds[-1])] if len(kinds) > 2 else []
     return {
@@ -107,7 +105,7 @@ def disturbed(measured: Measured) -> list[dict[str, Any]]:
     rows = []
     for kind, way in dict.fromkeys((kind, way) for kind, way, *_ in measured.disturbed):
         for disturbance in (NONE, *DISTURBANCES):
-            rows += [_disturbed_row(measured, kind, way, disturbance, arm) for arm in DISTURBED_ARMS]
+            rows += [_disturbed_row(measured, kind, way, disturbance, arm) for arm in COMPARED]
     return rows
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from demo.oracle import Score
 from demo.scenes import Prompt, random_prompts
 
+from . import ROBUSTNESS_CAPTIONS
 from .arms import SOFTMAX, Setting
 from .models import Trained
 from .pictures import BATCH, NONE, Disturbance, Sampling, Studio
@@ -20,7 +21,7 @@ from .store import Store
 
 
 class Captions:
-    """True captions of the two splits.
+    """True captions of the two splits; "robustness" is the first part of "report".
 
     Args:
         seed: of the captions.
@@ -31,6 +32,7 @@ class Captions:
         self.prompts: dict[str, list[Prompt]] = {
             split: random_prompts(count, split, seed) for split, count in (("tune", tune), ("report", report))
         }
+        self.prompts["robustness"] = self.prompts["report"][:ROBUSTNESS_CAPTIONS]
         self.digests = {
             split: hashlib.sha256(json.dumps([prompt.text for prompt in prompts]).encode()).hexdigest()[:16]
             for split, prompts in self.prompts.items()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .choices import TUNED
 from .errors import MEASURES, SEEDS
-from .models import SHARES, SINK, STUDENT
+from .models import SHARES, STUDENT, named
 from .regime import LITTLE, PARTS, needs_variant
+from .scope import DIAL_WAYS, about_arms, about_robustness, about_tuned
 
 JUDGED = ("all objects", "F1")
 
@@ -31,19 +33,14 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def named(kind: str) -> str:
-    if kind in SHARES:
-        return f"{SHARES[kind]:.0%} mistakes".replace("%", " %")
-    return {SINK: "start token made a sink", STUDENT: "few-step student"}[kind]
-
-
 def _head(result: dict[str, Any]) -> str:
     captions = result["captions"]
     return (
         f"{captions['report']} captions to report on, {captions['tune']} others to choose on, caption seed "
-        f"{captions['seed']}. ± is the larger of the errors over training seeds and over captions. **Bold**: a "
-        f"difference by the plan's rule (at least twice its error, the same sign for all {SEEDS} seeds); all else is "
-        "*no difference found*, and with fewer seeds nothing is bold."
+        f"{captions['seed']}. ± is the larger of the errors over training seeds and over captions; the error over "
+        "captions is the mean of the seeds' own, clustered by the set of coloured shapes, as the splits are made. "
+        f"**Bold**: a difference by the plan's rule (at least twice its error, the same sign for all {SEEDS} seeds); "
+        "all else is *no difference found*. With fewer seeds nothing is called a difference, so nothing is bold."
     )
 
 
@@ -56,11 +53,23 @@ def _advice(result: dict[str, Any]) -> str:
             rows.append([way, *_advised(kinds[kind])])
     gains = [f"gain in {measure}" for measure in JUDGED]
     head = ("sampling", "set", "all objects with softmax", *gains, "not found worse than it", "seeds")
-    shares = result["all objects at CFG 3 on the captions to tune on"]
-    which = f"({named(result['shipped'])}" if result["shipped"] else ""
-    which += f", of the {len(shares)} shares of mistakes that are there)" if len(shares) < len(SHARES) else ")"
-    about = f"For the model that ships {which}:\n\n" if result["shipped"] else ""
-    return f"### What to set\n\n{about}{table(head, rows)}" if rows else ""
+    about = about_shipped(result["shipped"], result["ships by the rule"],
+                          result["all objects at CFG 3 on the captions to tune on"])  # fmt: skip
+    return f"### What to set\n\n{about}{_tuned(result)}\n\n{table(head, rows)}" if rows else ""
+
+
+def about_shipped(kind: str, by_rule: str | None, shares: dict[str, float]) -> str:
+    """Which model ships, and whether the plan's rule agrees.
+
+    Args:
+        shares: the *all objects* that the rule looks at, of the kinds that are measured.
+    """
+    ships = f"The model that ships: {named(kind)} in the captions of training."
+    if len(shares) < len(SHARES):
+        return f"{ships} Only {len(shares)} of the {len(SHARES)} shares are measured, too few for the plan's rule."
+    seen = ", ".join(f"{named(other)} {share:.2f}" for other, share in shares.items())
+    says = "the same" if by_rule == kind else f"**another: {named(by_rule)}**"
+    return f"{ships} The plan's rule says {says}; *all objects* that it looks at: {seen}."
 
 
 def _advised(cell: dict[str, Any]) -> list[str]:
@@ -85,7 +94,8 @@ def _dial(result: dict[str, Any]) -> str:
     ]
     about = (
         "Gain over softmax, for each share of mistakes in the captions of training; its rise from one share to the "
-        "next; and what the arm gains beyond the temperature."
+        "next; and what the arm gains beyond the temperature. For the arms that are measured for every share, under "
+        f"{' and '.join(DIAL_WAYS)}: the tuned CFG and the other arms are not measured for every share."
     )
     return "\n\n".join(["### The dial", about, *parts]) if parts else ""
 
@@ -107,13 +117,17 @@ def _span(span: str) -> str:
 
 
 def _arms(result: dict[str, Any]) -> str:
-    """Every arm on every kind of model, under each way of sampling."""
+    """Of every kind of model, under each way of sampling, as far as they are measured."""
     parts = [
         f"#### {named(kind)}, {way}\n\n{_arms_table(cell['arms'])}"
         for way, kinds in result["cells"].items()
         for kind, cell in kinds.items()
     ]
-    return "\n\n".join(["### All arms", *parts]) if parts else ""
+    return "\n\n".join(["### The arms", about_arms(result["shipped"]) + _tuned(result), *parts]) if parts else ""
+
+
+def _tuned(result: dict[str, Any]) -> str:
+    return f" {about_tuned(result['shipped'])}" if TUNED in result["cells"] else ""
 
 
 def _arms_table(arms: dict[str, Any]) -> str:
@@ -142,7 +156,8 @@ def _disturbed(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ("model", "sampling", "noise", "arm", *JUDGED, *(f"{m} - softmax's" for m in JUDGED),
             *(f"{m}: that, more than without noise" for m in JUDGED))  # fmt: skip
-    return f"### Robustness to noise\n\n{table(head, rows)}" if rows else ""
+    about = about_robustness(result["shipped"], result["captions"]["robustness"])
+    return f"### Robustness to noise\n\n{about}\n\n{table(head, rows)}" if rows else ""
 
 
 def _gains(row: dict[str, Any]) -> Iterator[str]:
