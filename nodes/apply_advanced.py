@@ -118,7 +118,7 @@ class PLADISApplyAdvanced(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     default="",
-                    multiline=True,
+                    # a text box would share the node's height with the plot
                     optional=True,
                     advanced=True,
                     tooltip="For tokens words only, with clip: the text that was encoded. Several, such as positive "

@@ -33,6 +33,8 @@ NOT_RUN = "Not run by us with these weights; the thumbnail is a drawing of atten
 TO_COMPARE = "To compare, set **scale** to 0 and run again: the plain model, bit for bit."
 CHOICES = Path(__file__).parent / "template_choices.json"
 # thumbnails
+# what a collapsed node takes in Nodes 2.0, where the fit goes by what is saved
+COLLAPSED = (225, 30)
 MARGIN, TITLE_HEIGHT, BACKGROUND, INK = 8, 110, (24, 24, 27), (235, 235, 235)
 DRAWING = Path(__file__).parent / "drawing.png"
 
@@ -84,7 +86,7 @@ class Page(list):
 
     def small(self, kind: str, at, title: str = "", **rest) -> Node:
         """Collapsed: what a first look does not need."""
-        return self.add(kind, at, (225, 30), title, collapsed=True, **rest)
+        return self.add(kind, at, COLLAPSED, title, collapsed=True, **rest)
 
     def note(self, at, size, *paragraphs: str) -> None:
         self.add(NOTE, at, size, text="\n\n".join(paragraphs))
@@ -397,9 +399,7 @@ def wan(_) -> Page:
     page.note(
         (0, 0), (250, 300), "## Wan 2.1 text to video with PLADIS",
         "**Apply PLADIS** goes anywhere between the model loader and the sampler. **scale** 2 is the paper's "
-        "default for "
-        "pictures; for video nothing is measured.",
-        "For a first look make the video shorter or smaller.", TO_COMPARE, downloads(files), NOT_RUN,
+        "default for pictures; for video nothing is measured.", TO_COMPARE, downloads(files), NOT_RUN,
     )
     model, clip, vae = load(page, list(files.values()), "wan")
     applied = page.add("PLADISApply", (265, 0), (240, 298), model=model, scale=2)
@@ -440,7 +440,7 @@ def ipadapter(_) -> Page:
                       models=(files["image encoder"],))  # fmt: skip
     adapter = page.add("IPAdapterModelLoader", (0, 478), (250, 58), ipadapter_file=files["IPAdapter"].name,
                        models=(files["IPAdapter"],))  # fmt: skip
-    image = page.small("LoadImage", (265, 560), image="example.png")
+    image = page.small("LoadImage", (265, 550), image="example.png")
     adapted = page.small(
         "IPAdapterAdvanced", (265, 338), model=checkpoint, ipadapter=adapter, image=image, clip_vision=vision,
         weight=0.6, weight_type="linear", combine_embeds="concat", start_at=0, end_at=1, embeds_scaling="V only",
@@ -452,7 +452,7 @@ def ipadapter(_) -> Page:
     latent = page.add("EmptyLatentImage", (765, 410), (295, 106), width=1024, height=1024)
     sampled = page.add("KSampler", (520, 278), (230, 262), model=applied, positive=prompt, negative=negative,
                        latent_image=latent, seed=1, **sampling(25, 5, "euler", "normal"))  # fmt: skip
-    decoded = page.small("VAEDecode", (765, 560), samples=sampled, vae=(checkpoint, 2))
+    decoded = page.small("VAEDecode", (765, 550), samples=sampled, vae=(checkpoint, 2))
     page.add("SaveImage", (765, 0), (295, 370), images=decoded, filename_prefix="pladis/picture")
     return page
 
@@ -514,7 +514,8 @@ def build(name: str, object_info: dict, choice: dict, version: str) -> dict:
 
 
 def saved(node: Node, number: int, links: list, known: dict, version: str) -> dict:
-    entry = {"id": number, "type": node.kind, "pos": list(node.at), "size": list(node.size)}
+    size = COLLAPSED if node.collapsed else node.size
+    entry = {"id": number, "type": node.kind, "pos": list(node.at), "size": list(size)}
     entry |= {"flags": {"collapsed": True} if node.collapsed else {}, "order": number - 1, "mode": 0}
     if node.kind == NOTE:
         text = node.values["text"]

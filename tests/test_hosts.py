@@ -31,7 +31,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 # hardly longer than the start of a process: these share one
 TOGETHER = (
     "compatibility", "composition", "help", "layers", "locales", "more_peers", "peers", "preferences",
-    "reached", "schema", "strength", "sweep", "transformers",
+    "reached", "regime", "schema", "strength", "sweep", "tokens", "transformers",
 )  # fmt: skip
 # about our fixtures, samplers and inputs, which do not differ between hosts: for time, on the newest alone
 NEWEST_ALONE = ("family_fixtures", "distilled", "fuzz")
@@ -68,10 +68,16 @@ def pytest_generate_tests(metafunc) -> None:
         metafunc.parametrize(("host", "files"), runs.values(), ids=runs)
 
 
-# workflows and help pages go through tests/host, words and looks are the same modules on every front end: for time, on
-# the newest alone in the browser
-WEB = {"newest": ("nodes", "workflows", "help"), "newest, words and looks": ("words", "looks"), "oldest": ("nodes",),
-       "next": ("nodes",)}  # fmt: skip
+# in the browser, by name: host, files, which of their tests. For time, workflows, help pages, words and looks on the
+# newest alone; an old front end has people who did not change to the new renderer, the next has the new one
+WEB = {
+    "newest, classic": ("newest", ("nodes",), "classic"),
+    "newest, Nodes 2.0": ("newest", ("nodes",), "not classic"),
+    "newest, pages": ("newest", ("workflows", "help"), ""),
+    "newest, words and looks": ("newest", ("words", "looks"), ""),
+    "oldest": ("oldest", ("nodes",), "classic"),
+    "next": ("next", ("nodes",), "not classic"),
+}
 
 
 def host_path(host: str) -> Path:
@@ -101,11 +107,9 @@ def test_host(host, files, record_property):
 @pytest.mark.parametrize("name", WEB)
 def test_web(name, record_property):
     """Each in one process, so that workers share no file's tests and start no second server."""
-    host = name.split(",")[0]
-    files = [ROOT / "tests" / "web" / f"test_{file}.py" for file in WEB[name]]
-    # an old front end has people who did not change to the new renderer
-    renderer = ["-k", "classic"] if host == "oldest" else []
-    output = run([sys.executable, "-m", "pytest", *renderer], host, host_path(host), files, record_property)
+    host, names, expression = WEB[name]
+    files = [ROOT / "tests" / "web" / f"test_{file}.py" for file in names]
+    output = run([sys.executable, "-m", "pytest", "-k", expression], host, host_path(host), files, record_property)
     if "no browser" in output:
         pytest.skip("no browser: python -m playwright install chromium")
 

@@ -81,14 +81,14 @@ def choose_map(sampling: dict) -> dict:
     chosen = {"prompt": prompt, "seed": seed, "words": words, "percent": percent}
     if own > ON_IT and beside < 1:
         said = (
-            f"the two shapes: in block **{layer}** each word lies on its own. This case was picked: of {tried} that we "
-            f"tried with this tiny model, {on_it.total()} do so. Set **layers** to all, and the words leave their "
-            f"shapes."
+            f"the two shapes: in block **{layer}** each word has more than {ON_IT:g} times its mean weight on its own, "
+            "and less than its mean on the other. A broad patch tells the side, not the outline. The case was picked: "
+            f"{on_it.total()} of the {tried} that we tried are like it. Set **layers** to all for the mean of "
+            "every layer."
         )
         return {**chosen, "layers": "custom", "blocks": layer, "seen": said}
     said = (
         f"how far the words are from their shapes: in none of {tried} cases that we tried does this tiny model look "
-        f"at a "
-        "shape for its name. Large models often do; put your own loader in the demo's place."
+        "at a shape for its name. Large models often do; put your own loader in the demo's place."
     )
     return {**chosen, "layers": "all", "blocks": "", "seen": said}

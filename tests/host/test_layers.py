@@ -139,8 +139,9 @@ def test_a_unet_without_text_is_refused():
 
 
 @pytest.mark.parametrize("layers", ("all", "custom"))
-def test_the_advanced_node_reports_every_block_of_the_model(sdxl, layers):
-    """For the front end, whatever is chosen."""
+def test_the_advanced_node_reports_every_block_of_the_model(sdxl, layers, monkeypatch):
+    """For the front end, whatever is chosen, where a person has the node."""
+    monkeypatch.setattr("pladis_pack.nodes.apply_advanced.unique_id", lambda node: "7")
     output = tiny.PLADISApplyAdvanced.execute(sdxl, **{**tiny.ADVANCED, "layers": layers, "blocks": "m0"})
     assert output.ui == {
         "pladis_blocks": ["d0.0-1", "d1.0-1", "d2.0-9", "d3.0-9", "m0.0-9", *(f"u{i}.0-9" for i in range(3)),

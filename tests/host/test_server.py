@@ -250,9 +250,10 @@ def test_a_sweep_is_what_single_nodes_make(server, baseline, scale_2):
     assert (cells[2] == baseline).all() and (cells[3] == baseline).all()
     assert sampled <= 2
     (grid,) = pictures(server, entry, "grid")
-    assert grid.shape == (2 * (64 + 20 + 4) + 4, 2 * (96 + 4) + 4, 3)
+    # pixels of small pictures are enlarged by a whole factor
+    assert grid.shape == (2 * (256 + 20 + 4) + 4, 2 * (256 + 4) + 4, 3)
     # the host truncates to 8 bits, the grid rounds
-    assert (abs(grid[24:88, 20:84] - baseline) <= 1).all()
+    assert (abs(grid[24:280:4, 4:260:4] - baseline) <= 1).all()
 
 
 def test_a_sweep_behind_an_apply_node_has_a_plain_baseline(server, baseline, scale_2):

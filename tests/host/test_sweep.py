@@ -36,8 +36,9 @@ def test_cells_stay_in_order_and_the_grid_holds_them():
     latents = [torch.full((1, 4, 2, 2), float(i)) for i in range(4)]
     batch, grid = PLADISSweepGrid.execute(collect(latents, images), 2).result
     assert batch["samples"][:, 0, 0, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
-    assert grid.shape == (1, 2 * 124 + 4, 2 * 124 + 4, 3)
-    centres = [grid[0, y, x, 0] for y in (74, 198) for x in (64, 188)]
+    # twice as large: below 256 pixels a cell is enlarged by a whole factor
+    assert grid.shape == (1, 2 * 224 + 4, 2 * 244 + 4, 3)
+    centres = [grid[0, y, x, 0] for y in (124, 348) for x in (124, 368)]
     assert [round(float(c) * 4) for c in centres] == [0, 1, 2, 3]
 
 

@@ -78,6 +78,8 @@ def test_kinds_of_a_text(tokenizer, text, expected):
 
 
 def test_several_texts(clip):
+    texts = [words.encoded_texts(text, clip, True) for text in ("a cat --- a dog", "a cat\n---\na dog")]
+    assert [text.kinds for text in texts[0]] == [text.kinds for text in texts[1]]
     found = words.encoded_texts("a cat\n---\na red dog\n", clip, True)
     assert [text.kinds for text in found] == [letters(k) for k in ("s1 w2 o1 p73", "s1 w3 o1 p72", "s1 o1 p75")]
 

@@ -11,7 +11,9 @@ from workflows import NAMES, RUN_HERE, THIRD_PARTY, inputs_of, read, to_prompt
 
 # of a node: its title bar is above its position
 TITLE = 30
-RECTANGLES = """() => app.graph.nodes.map((node) => [node.title, ...node.pos, ...node.size])"""
+# a collapsed node is its title bar
+RECTANGLES = """() => app.graph.nodes.map(({ title, pos, size, flags }) =>
+    [title, ...pos, ...flags.collapsed ? [225, 0] : size])"""
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +73,34 @@ def test_the_demo_models_workflows_have_their_pictures(opened, loaded):
     opened.wait_for_function(
         "(ids) => ids.every((id) => app.nodeOutputs[id]?.images?.length)", arg=shows, timeout=60_000
     )
+
+
+# a laptop's window; what a note's text must measure there, in pixels, after the fit that a template gets
+LAPTOP, LEAST = {"width": 1366, "height": 768}, 9
+NOTE_TEXT = """() => [...document.querySelectorAll("[class*=comfy-markdown] p, [class*=comfy-markdown] li")]
+    .filter((element) => element.checkVisibility() && element.offsetWidth)
+    .map((element) => {
+        const ratio = element.getBoundingClientRect().width / element.offsetWidth;
+        const box = element.closest("[class*=comfy-markdown]").getBoundingClientRect();
+        const outside = element.getBoundingClientRect().bottom - box.bottom;
+        return [element.textContent, parseFloat(getComputedStyle(element).fontSize) * ratio, outside];
+    })"""
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "04_pladis_schedule"])
+def test_a_note_can_be_read_at_a_laptops_first_fit(opened, name):
+    """Not of the one with the advanced node, which alone is higher than that."""
+    before = opened.viewport_size
+    opened.set_viewport_size(LAPTOP)
+    opened.wait_for_function(f"app.canvas.canvas.getBoundingClientRect().width === {LAPTOP['width']}")
+    opened.evaluate(
+        "async (workflow) => { await app.loadGraphData(workflow, true, true, 'first', { openSource: 'template' }); }",
+        read(name),
+    )
+    opened.wait_for_timeout(700)
+    texts = opened.evaluate(NOTE_TEXT)
+    opened.set_viewport_size(before)
+    assert texts
+    small = [(text[:30], size) for text, size, _ in texts if size < LEAST]
+    hidden = [(text[:30], outside) for text, _, outside in texts if outside > 1]
+    assert (small, hidden) == ([], [])

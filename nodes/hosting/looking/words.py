@@ -21,7 +21,7 @@ FIRST = ("l", "g")
 # encoders of a model with start tokens that put none
 NO_START = ("t5xxl",)
 # between the texts of an input that takes several
-BETWEEN_TEXTS = re.compile(r"\n?^-{3,}[ \t]*$\n?", re.MULTILINE)
+BETWEEN_TEXTS = re.compile(r"\s*(?<!\S)-{3,}(?!\S)\s*")
 # the tokens of a text by encoder
 Tokenize = Callable[[str], dict[str, list]]
 
@@ -66,7 +66,7 @@ def find_words(words: str, prompt: str, clip, tokens: int) -> list[Word]:
 
 
 def encoded_texts(prompt: str, clip, has_start: bool) -> tuple[Encoded, ...]:
-    """The texts in `prompt`, with lines `---` between, and the empty one, as `clip` encodes them.
+    """The texts in `prompt`, with `---` between, in a line of its own or not, and the empty one, encoded by `clip`.
 
     `has_start`: whether the encoder puts a start token in front.
     """
