@@ -129,15 +129,27 @@ def crowded_scene(rng: np.random.Generator) -> list[Placed]:
     return [_place(rng, kind, int(cell)) for kind, cell in zip(_random_kinds(rng, count), cells, strict=True)]
 
 
-def exchanged(scene: Sequence[Placed], rng: np.random.Generator) -> list[Placed]:
-    """The scene after each object has taken another one's colour and some object's fill: the same words, bound
-    otherwise."""
-    colours = np.roll([placed.kind.colour for placed in scene], 1)
-    fills = rng.permutation([placed.kind.fill for placed in scene])
-    return [
-        replace(placed, kind=replace(placed.kind, colour=str(colour), fill=str(fill)))
-        for placed, colour, fill in zip(scene, colours, fills, strict=True)
-    ]
+def exchanged(scene: Sequence[Placed], attribute: str) -> list[Placed]:
+    """The scene after each object has taken another one's `attribute` ("colour", "size" or "fill"): the same words,
+    bound otherwise. Where all have the same one, nothing changes."""
+    twin = []
+    for placed, giver in zip(scene, [*scene[-1:], *scene[:-1]], strict=True):
+        value = getattr(giver.kind, attribute)
+        if value != getattr(placed.kind, attribute):
+            placed = replace(placed, kind=replace(placed.kind, **{attribute: value}))
+            placed = _resized(placed, giver.radius) if attribute == "size" else placed
+        twin.append(placed)
+    return twin
+
+
+def _resized(placed: Placed, radius: float) -> Placed:
+    """Moved so that it stays in its cell."""
+    room = CELL / 2 - radius
+    x, y = (
+        float(np.clip(at, (at // CELL + 0.5) * CELL - room, (at // CELL + 0.5) * CELL + room))
+        for at in (placed.x, placed.y)
+    )
+    return replace(placed, x=x, y=y, radius=radius)
 
 
 def _random_kinds(rng: np.random.Generator, count: int) -> list[Kind]:
@@ -157,16 +169,17 @@ def _place(rng: np.random.Generator, kind: Kind, cell: int) -> Placed:
     return Placed(kind, float(x), float(y), float(radius))
 
 
-def describe(scene: Sequence[Placed], rng: np.random.Generator, noise: float = 0.0) -> Prompt:
+def describe(scene: Sequence[Placed], rng: np.random.Generator, noise: float = 0.0, told: float = TOLD) -> Prompt:
     """A caption of the scene: objects in random order, some with their size and fill, often a relation between two
     neighbours where one is clear, and clauses that say nothing.
 
     Args:
         noise: the share of objects that the caption gets wrong; with 0 it is true. Of those, a third have a wrong
             colour, a third a wrong shape, and a third are not mentioned (one object always is).
+        told: how often it tells an object's size, and how often its fill.
     """
-    told = [replace(placed, kind=_told(placed.kind, rng)) for placed in _mistaken(scene, rng, noise)]
-    order = [told[i] for i in rng.permutation(len(told))]
+    named = [replace(placed, kind=_told(placed.kind, rng, told)) for placed in _mistaken(scene, rng, noise)]
+    order = [named[i] for i in rng.permutation(len(named))]
     joints = ["and"] * (len(order) - 1)
     relation = None
     if joints and rng.random() < RELATED:
@@ -200,8 +213,8 @@ def _other(rng: np.random.Generator, among: Sequence[str], than: str) -> str:
     return str(rng.choice([name for name in among if name != than]))
 
 
-def _told(kind: Kind, rng: np.random.Generator) -> Kind:
-    size, fill = rng.random(2) < TOLD
+def _told(kind: Kind, rng: np.random.Generator, odds: float) -> Kind:
+    size, fill = rng.random(2) < odds
     return replace(kind, size=kind.size if size else None, fill=kind.fill if fill else None)
 
 

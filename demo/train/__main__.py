@@ -1,6 +1,6 @@
 """Trains the demo model. By default everything, in order; what was finished is skipped, what was stopped goes on.
 
-Phases: autoencoder and text_encoder, once; and for each seed: base, on true captions; noise, the base model trained on
+Phases: autoencoder, text_encoder and base, on true captions, once; and for each seed: noise, the base model trained on
 with each share of mistakes; sink, for the shipped seed alone, with a start token that is made one; student; checks, of
 oracle and text attention; export, which writes the shipped seed's models to demo/weights. SIGTERM, Ctrl-C or a file
 STOP in the folder end a run after its step, saved.
@@ -49,12 +49,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def run(phase: str, options: Options) -> None:
-    """One phase, for one seed, from where it stopped. Autoencoder and text encoder are trained once, for all seeds."""
+    """One phase, for one seed, from where it stopped. Autoencoder, text encoder and base are trained once, for all."""
     if phase in ("autoencoder", "text_encoder"):
         if not (options.folder / f"{phase}.safetensors").exists():
             {"autoencoder": autoencoder, "text_encoder": text}[phase].train(replace(options, seed=SHIPPED))
     elif phase == "base":
-        diffusion.train_base(options)
+        diffusion.train_base(replace(options, seed=SHIPPED))
     elif phase == "noise":
         for noise in NOISES:
             diffusion.train_noise(options, noise)

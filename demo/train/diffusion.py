@@ -81,14 +81,14 @@ def random_sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
 
 def train_base(options: Options) -> None:
     torch.manual_seed(options.seed)
-    run = Run(f"base-{options.seed}", options, fresh(options), PEAK[options.size])
+    run = Run("base", options, fresh(options), PEAK[options.size])
     _descend(run, options, 0.0, (options.seed, 3))
 
 
 def train_noise(options: Options, noise: float) -> None:
     """The base model, trained on with captions that get a share `noise` of their objects wrong."""
     model = fresh(options)
-    model.load_state_dict(averaged(options.folder / f"base-{options.seed}.pt"))
+    model.load_state_dict(averaged(options.folder / "base.pt"))
     run = Run(noisy_name(noise, options.seed), options, model, TUNING * PEAK[options.size])
     _descend(run, options, noise, (options.seed, 4))
 
@@ -96,7 +96,7 @@ def train_noise(options: Options, noise: float) -> None:
 def train_sink(options: Options, noise: float) -> None:
     """As `train_noise`, with a penalty that makes the start token a sink."""
     model = fresh(options)
-    model.load_state_dict(averaged(options.folder / f"base-{options.seed}.pt"))
+    model.load_state_dict(averaged(options.folder / "base.pt"))
     run = Run(f"sink-{options.seed}", options, model, TUNING * PEAK[options.size])
     _descend(run, options, noise, (options.seed, 4), Penalty(model).take)
 

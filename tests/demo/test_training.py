@@ -23,7 +23,7 @@ from demo.train.options import NOISES, Options
 PHASES = {
     "autoencoder": (autoencoder.train, "autoencoder.pt"),
     "text_encoder": (text.train, "text_encoder.pt"),
-    "base": (diffusion.train_base, "base-3.pt"),
+    "base": (diffusion.train_base, "base.pt"),
     "noise": (lambda options: diffusion.train_noise(options, 0.15), "noise15-3.pt"),
     "sink": (lambda options: diffusion.train_sink(options, 0.15), "sink-3.pt"),
     "student": (student.train, "student-3.pt"),
@@ -100,7 +100,7 @@ def test_a_crashed_phase_goes_on_from_its_last_samples(monkeypatch, trained):
 
 def test_a_file_ends_a_run_too(trained):
     (trained / "STOP").touch()
-    (trained / "base-3.pt").unlink()
+    (trained / "base.pt").unlink()
     with pytest.raises(SystemExit, match="after step 1 of 4"):
         diffusion.train_base(options(trained))
     # the program's own handlers are back
@@ -108,10 +108,11 @@ def test_a_file_ends_a_run_too(trained):
 
 
 def test_the_dial_is_turned_from_the_finished_base_alone(trained):
-    diffusion.train_base(options(trained, seed=4, steps=2))
-    saved = torch.load(trained / "base-4.pt", weights_only=True)
-    torch.save(saved | {"steps": 4}, trained / "base-4.pt")
-    with pytest.raises(ValueError, match="base-4.pt is at step 2 of 4"):
+    (trained / "base.pt").unlink()
+    diffusion.train_base(options(trained, steps=2))
+    saved = torch.load(trained / "base.pt", weights_only=True)
+    torch.save(saved | {"steps": 4}, trained / "base.pt")
+    with pytest.raises(ValueError, match="base.pt is at step 2 of 4"):
         diffusion.train_noise(options(trained, seed=4), 0.3)
 
 
