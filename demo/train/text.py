@@ -17,10 +17,10 @@ from ..vocabulary import END, TOKENS, tokenize
 from .common import Run, mixed, to_tensor
 from .options import Options
 
-BATCH = 128
+BATCH = 130
 PEAK = 1e-3
 # what twins exchange: each its own, for an encoder binds only what it must to tell pictures apart
-EXCHANGED = ("colour", "size", "fill")
+EXCHANGED = ("colour", "shape", "size", "fill")
 # how often a caption tells size and fill: oftener than elsewhere, since twins cannot be told apart by what is not said
 TOLD = 0.8
 
@@ -61,7 +61,7 @@ class PictureEncoder(nn.Module):
 
 
 def batch(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (BATCH, L) and pictures (BATCH, 3, 64, 64), in four equal parts: scenes, and for each of EXCHANGED the same
+    """Tokens (BATCH, L) and pictures (BATCH, 3, 64, 64), in five equal parts: scenes, and for each of EXCHANGED the same
     scenes with that attribute exchanged between objects; where all objects have the same one, another scene.
 
     L is that of the longest caption with its end token: attention is causal, and nothing behind it is learned from.

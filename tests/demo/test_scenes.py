@@ -125,7 +125,7 @@ def test_captions_get_the_stated_share_of_objects_wrong(noise):
     assert wrong / total == pytest.approx(noise * 2 / 3, abs=0.02)
 
 
-@pytest.mark.parametrize("exchange", ["colour", "size", "fill"])
+@pytest.mark.parametrize("exchange", ["colour", "shape", "size", "fill"])
 def test_exchanged_scenes_have_the_same_words_bound_otherwise(exchange):
     for scene in scenes(100):
         twin = exchanged(scene, exchange)

@@ -33,7 +33,7 @@ PHASES = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(autoencoder, "BATCH", 2)
-    monkeypatch.setattr(text, "BATCH", 4)
+    monkeypatch.setattr(text, "BATCH", 5)
     monkeypatch.setattr(diffusion, "BATCH", {"small": 4})
     monkeypatch.setattr(diffusion, "SCENES", 20)
     for module in (diffusion, student):
