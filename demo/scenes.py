@@ -130,8 +130,8 @@ def crowded_scene(rng: np.random.Generator) -> list[Placed]:
 
 
 def exchanged(scene: Sequence[Placed], attribute: str) -> list[Placed]:
-    """The scene after each object has taken another one's `attribute` ("colour", "shape", "size" or "fill"): the same words,
-    bound otherwise. Where all have the same one, nothing changes."""
+    """The scene after each object has taken another one's `attribute` ("colour", "shape", "size" or "fill"): the same
+    words, bound otherwise. Where all have the same one, nothing changes."""
     twin = []
     for placed, giver in zip(scene, [*scene[-1:], *scene[:-1]], strict=True):
         value = getattr(giver.kind, attribute)

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.nn.functional import scaled_dot_product_attention
 
-from demo.attention import TextAttention
+from demo.attention import SoftmaxAttention
 from demo.vocabulary import LENGTH
 from pladis_core import pladis_attention, pladis_correction
 from pladis_core.cap import add_capped
@@ -108,7 +108,7 @@ def geometry_aware(sparse: torch.Tensor, delta: torch.Tensor, lam: float, eta: f
 
 def put(unet: UNet2DConditionModel, setting: Setting, rows: Rows) -> None:
     """The setting on every text attention of the U-Net, softmax on the others."""
-    dense = TextAttention()
+    dense = SoftmaxAttention()
 
     def chosen(name: str):
         return ArmAttention(setting, BLOCKS[name.split(".")[0]], rows) if ".attn2." in name else dense

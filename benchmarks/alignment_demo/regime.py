@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from demo.attention import TextAttention
+from demo.attention import SoftmaxAttention
 from demo.model import unet
 from demo.train.checks import oracle_accuracy
 from demo.train.diffusion import load_text_encoder
@@ -52,7 +52,7 @@ def _over_seeds(models: Sequence[Trained], store: Store) -> dict[str, dict[str, 
 def _mass(model: Trained) -> dict[str, dict[str, float]]:
     network = unet().eval().requires_grad_(False)
     network.load_state_dict(model.weights)
-    network.set_attn_processor(TextAttention())
+    network.set_attn_processor(SoftmaxAttention())
     return sink(network, load_text_encoder(_options(model)))
 
 

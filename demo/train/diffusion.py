@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .. import sampling
-from ..attention import TextAttention
+from ..attention import SoftmaxAttention
 from ..model import autoencoder, encode_text, text_encoder, unet
 from ..oracle import Score, read, score
 from ..scenes import describe, draw, random_prompts, random_scene
@@ -114,7 +114,7 @@ def load_noise(options: Options, noise: float) -> torch.nn.Module:
 
 def fresh(options: Options) -> torch.nn.Module:
     model = unet(options.size).to(options.device)
-    model.set_attn_processor(TextAttention())
+    model.set_attn_processor(SoftmaxAttention())
     return model
 
 

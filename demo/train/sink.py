@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from .. import sampling
-from ..attention import TextAttention
+from ..attention import SoftmaxAttention
 from ..model import encode_text
 from ..scenes import random_prompts
 from ..vocabulary import split_words
@@ -36,7 +36,7 @@ class Penalty:
     """An attention processor for the text attentions of a U-Net; adds up how far their start tokens are from MASS."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.inner, self.layers, self.missed = TextAttention(), 0, 0.0
+        self.inner, self.layers, self.missed = SoftmaxAttention(), 0, 0.0
         unet.set_attn_processor({n: self if ".attn2." in n else self.inner for n in unet.attn_processors})
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **others):
@@ -59,7 +59,7 @@ class Watch:
         words: how many words each row's caption has.
     """
 
-    def __init__(self, inner: TextAttention, words: Sequence[int]) -> None:
+    def __init__(self, inner: SoftmaxAttention, words: Sequence[int]) -> None:
         self.inner, self.end, self.seen = inner, torch.tensor(words)[:, None] + 1, []
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **others):

@@ -61,8 +61,8 @@ class PictureEncoder(nn.Module):
 
 
 def batch(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (BATCH, L) and pictures (BATCH, 3, 64, 64), in five equal parts: scenes, and for each of EXCHANGED the same
-    scenes with that attribute exchanged between objects; where all objects have the same one, another scene.
+    """Tokens (BATCH, L) and pictures (BATCH, 3, 64, 64), in five equal parts: scenes, and for each of EXCHANGED the
+    same scenes with that attribute exchanged between objects; where all objects have the same one, another scene.
 
     L is that of the longest caption with its end token: attention is causal, and nothing behind it is learned from.
     """
