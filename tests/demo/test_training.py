@@ -19,6 +19,7 @@ from demo.scenes import draw, random_scene
 from demo.train import __main__ as command
 from demo.train import autoencoder, checks, common, diffusion, export, sink, student, text
 from demo.train.options import NOISES, Options
+from demo.vocabulary import END, TOKENS
 
 PHASES = {
     "autoencoder": (autoencoder.train, "autoencoder.pt"),
@@ -185,21 +186,24 @@ def test_the_learning_rate_rises_and_falls_to_0():
 
 
 def test_the_text_encoder_learns_which_picture_a_caption_is_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BATCH", 8)
+    monkeypatch.setattr(text, "BATCH", 10)
     torch.manual_seed(0)
     model = text.Contrast("small")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     tokens, pictures = text.batch(0, 0)
     losses = []
-    for _ in range(40):
-        loss = torch.nn.functional.cross_entropy(model(tokens, pictures), torch.arange(8))
+    for _ in range(100):
+        loss = torch.nn.functional.cross_entropy(model(tokens, pictures), torch.arange(10))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    # its states for the U-Net are those that the projection's end token is read from
-    assert model.text(tokens).last_hidden_state.shape == (8, config.TEXT_ENCODER["max_position_embeddings"], 96)
+    # what is cut off behind the longest caption changes nothing: attention is causal
+    padding = torch.full((10, config.TEXT_ENCODER["max_position_embeddings"] - tokens.shape[1]), TOKENS[END])
+    whole = model.text(torch.cat((tokens, padding), 1))
+    assert whole.last_hidden_state.shape == (10, 77, 96)
+    torch.testing.assert_close(whole.pooler_output, model.text(tokens).pooler_output)
 
 
 def test_the_oracle_is_checked_attribute_by_attribute():
