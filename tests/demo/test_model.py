@@ -71,13 +71,15 @@ def test_pictures_have_no_checkerboard(standard):
 @pytest.mark.parametrize("layers", ["all", "down + up"])
 @pytest.mark.parametrize("control", [{"lam": 2.0}, {"temperature": 2.0}])
 def test_only_the_text_layers_that_are_chosen_change(standard, layers, control):
-    hidden, text = torch.randn(2, 64, 64), torch.randn(2, 77, 96)
-    layers_of = {
-        name: module for name, module in standard.unet.named_modules() if name.endswith(("attn1", "attn2"))
+    text = torch.randn(2, 77, 96)
+    attentions = {
+        name: (module, torch.randn(2, 64, module.to_q.in_features))
+        for name, module in standard.unet.named_modules()
+        if name.endswith(("attn1", "attn2"))
     }
 
     def outputs():
-        return {name: module(hidden, text if "attn2" in name else None) for name, module in layers_of.items()}
+        return {n: module(hidden, text if "attn2" in n else None) for n, (module, hidden) in attentions.items()}
 
     before = outputs()
     with TextAttention(**control, layers=layers).on(standard.unet):
