@@ -450,44 +450,16 @@ def _resident_kernel(
         scores = scores + (tl.zeros((BLOCK_Q, BLOCK_K), tl.float32),)
     if D <= BLOCK_D:
         scores = _products(
-            Q,
-            K,
-            scores,
-            rows,
-            cols,
-            0,
-            n_queries,
-            n_keys,
-            stride_qq,
-            stride_qd,
-            stride_kk,
-            stride_kd,
-            D,
-            N,
-            BLOCK_K,
-            BLOCK_D,
-        )
+            Q, K, scores, rows, cols, 0, n_queries, n_keys, stride_qq, stride_qd, stride_kk,
+            stride_kd, D, N, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
     else:
         # a loop: copies into shared memory run ahead of it and take no registers
         for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             scores = _products(
-                Q,
-                K,
-                scores,
-                rows,
-                cols,
-                d,
-                n_queries,
-                n_keys,
-                stride_qq,
-                stride_qd,
-                stride_kk,
-                stride_kd,
-                D,
-                N,
-                BLOCK_K,
-                BLOCK_D,
-            )
+                Q, K, scores, rows, cols, d, n_queries, n_keys, stride_qq, stride_qd, stride_kk,
+                stride_kd, D, N, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
     c = ()
     part = ()
     peak = tl.full((BLOCK_Q,), -1.0, tl.float32) * limit
@@ -543,21 +515,9 @@ def _resident_kernel(
     for i in tl.static_range(0, N):
         w = _entmax(c[i], u, step, total, slope, b, part[i], ALPHA, POWER, EXACT, MIX, PTX)
         w = _mixed(
-            w,
-            c[i],
-            rise,
-            part[i],
-            dense,
-            sparse,
-            sparse_factor,
-            dense_sum,
-            EXACT,
-            UNIT,
-            NEGATIVE,
-            N * BLOCK_K > 160,
-            MIX,
-            PTX,
-        )
+            w, c[i], rise, part[i], dense, sparse, sparse_factor, dense_sum,
+            EXACT, UNIT, NEGATIVE, N * BLOCK_K > 160, MIX, PTX,
+        )  # fmt: skip
         w = w.to(V.dtype.element_ty)
         if NORMALISE:
             # on the tensor cores, which wait anyway; each of the columns is the sum
