@@ -217,20 +217,22 @@ def solver_steps(keys: int, alpha: float, block_q: int, enough: float, most: int
 Code = list[tuple[int, str, "int | None"]]
 
 
-def nvidia_code(cubin: bytes) -> tuple[Code, int, int]:
-    """Instructions as (address, text, address of the branch), registers a thread, bytes of its stack."""
+def nvidia_code(cubin: bytes, kernel: str = "") -> tuple[Code, int, int]:
+    """Instructions as (address, text, address of the branch), registers a thread, bytes of its stack; of the kernel of
+    that name, where there are several."""
     from triton.backends import nvidia
 
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True)
+        command = [tool, "-sass", "-res-usage", *(["-fun", kernel] if kernel else []), file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text.stdout)
     code = [(int(address, 16), line, _target(line)) for address, line in found]
     # what follows the end is for warps that diverge, which these do not
     end = max(place for place, (_, line, _) in enumerate(code) if "EXIT" in line)
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
+    usage = re.search(rf"{kernel}:?\s+REG:(\d+) STACK:(\d+)", text.stdout)
     return code[: end + 1], int(usage[1]), int(usage[2])
 
 

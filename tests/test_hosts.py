@@ -30,11 +30,11 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 # hardly longer than the start of a process: these share one
 TOGETHER = (
-    "compatibility", "composition", "help", "layers", "locales", "more_peers", "peers", "preferences",
+    "compatibility", "composition", "help", "layers", "locales", "more_peers", "nvrtc", "peers", "preferences",
     "reached", "regime", "schema", "strength", "sweep", "tokens", "transformers",
 )  # fmt: skip
-# about our fixtures, samplers and inputs, which do not differ between hosts: for time, on the newest alone
-NEWEST_ALONE = ("family_fixtures", "distilled", "fuzz")
+# about our fixtures, samplers, inputs and kernels, which do not differ between hosts: for time, on the newest alone
+NEWEST_ALONE = ("family_fixtures", "distilled", "fuzz", "nvrtc")
 # a way to call attention that the oldest does not have; and, for time, what is long and hardly the host's: run these by
 # hand on the oldest before a release (CONTRIBUTING.md)
 NEWER_ALONE = ("preferences", "compiled", "matrix", "sampling")

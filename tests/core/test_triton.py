@@ -287,8 +287,7 @@ def failing(monkeypatch):
 
     fake = Failing()
     fake.calls = []
-    monkeypatch.setattr(api, "_triton_works", True)
-    monkeypatch.setattr(api, "_trials", trial.Trials())
+    monkeypatch.setattr(api, "_trials", [trial.Trials("triton", "Triton")])
     monkeypatch.setattr(api, "_has_gpu_compiler", lambda device: True)
     monkeypatch.setattr(triton_backend, "unusable", lambda *tensors: None)
     monkeypatch.setattr(triton_backend, "attend", fake.attend)
@@ -351,7 +350,7 @@ def test_a_device_that_is_beyond_use_is_not_called_slower(failing, caplog):
 
 
 def test_without_triton_nothing_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(api, "_triton_works", False)
+    monkeypatch.setattr(api, "_trials", [trial.Trials("nvrtc", "NVRTC")])
     monkeypatch.setattr(api, "_has_gpu_compiler", lambda device: True)
     inputs = tensors("sdxl 64")
     torch.testing.assert_close(pladis_attention(*inputs), pladis_attention(*inputs, backend="eager"))
