@@ -150,9 +150,11 @@ def check(kernels: Kernels, device: torch.device, variant: Variant) -> None:
     if variant.mix:
         mix_mask = torch.arange(variant.keys)[None] % 3 > 0
     tensors = [t if t is None else t.to(device) for t in (query, key, value, mask, mix_mask)]
-    mix = (0.25, {0: 1.25, 1: 1.02, 15: 1.5, 20: 2.0}[variant.alpha], -1.0, 2.0, None, None)
-    out = _attend(kernels, *tensors, *mix).float()
-    expected = eager.attend(*(t.float() if t is not None and t.is_floating_point() else t for t in tensors), *mix)
+    alpha = {0: 1.25, 1: 1.02, 15: 1.5, 20: 2.0}[variant.alpha]
+    mix = {"scale": 0.25, "alpha": alpha, "dense": -1.0, "sparse": 2.0, "mass": None, "row_lse": None}
+    out = _attend(kernels, *tensors, **mix).float()
+    exact = [t.float() if t is not None and t.is_floating_point() else t for t in tensors]
+    expected = eager.attend(*exact, **mix)
     error = (out - expected).abs().max().item()
     allowed = TOLERANCE * torch.finfo(dtype).eps * value.abs().max().item()
     if not error <= allowed:

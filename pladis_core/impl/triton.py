@@ -54,6 +54,12 @@ LARGEST_CANCELLATION = 16.0
 # rows and columns that a tile may have past the last one
 MAX_TILE = 512
 NO_STRIDES = (0, 0, 0, 0)
+# bytes: what Triton asks of an address
+ALIGNED = 16
+# layouts of one problem whose kernels are kept at hand; Triton keeps all
+MOST_COMPILED = 64
+# since 3.3 a compiled kernel is called with all arguments
+LAUNCHES_COMPILED = not INTERPRETED.value and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 # of programs, in the second and third dimension
 LARGEST_GRID = 65535
 
@@ -734,12 +740,13 @@ class Mix(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a launch needs beyond tensors and their sizes."""
+    """What a launch needs beyond tensors and their strides, and the kernels that it has compiled for these."""
 
     kernel: triton.JITFunction
     block_q: int
     numbers: tuple[float, ...]
     constants: Mapping[str, object]
+    compiled: dict
 
 
 @lru_cache(maxsize=1024)
@@ -777,7 +784,7 @@ def plan(
         **config,
     }  # fmt: skip
     kernel = _resident_kernel if is_resident(keys, dtype) else _streaming_kernel
-    return Plan(kernel, config["BLOCK_Q"], numbers, constants)
+    return Plan(kernel, config["BLOCK_Q"], numbers, constants, {})
 
 
 def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
@@ -800,21 +807,42 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
     row = max(abs(s[2]) for s in (*strides, mask_strides)) * (max(queries, keys) + MAX_TILE)
     column = max(abs(s[3]) for s in (*strides, mask_strides)) * (max(width, value_width, keys) + MAX_TILE)
     ptx, wave = _target(query.device)
-    kernel, block_q, numbers, constants = plan(
+    chosen = plan(
         queries, keys, width, value_width, query.dtype, scale, alpha, dense, sparse,
         None if mask is None else mask.dtype, mix_mask is not None,
         0 if factor is None else 1 if row_lse is None else 2, ptx, wave, row + column >= 2**31 or out.numel() >= 2**31,
     )  # fmt: skip
-    grid = -(-queries // block_q), heads, batch
+    grid = -(-queries // chosen.block_q), heads, batch
+    tensors = (
+        query, key, value, query if mask is None else mask, query if mix_mask is None else mix_mask,
+        query if factor is None else factor, out,
+    )  # fmt: skip
+    integers = (
+        *strides[0], *strides[1], *strides[2], *mask_strides, *mix_strides, *factor_strides,
+        queries * heads * value_width, value_width, heads * value_width, queries, keys, heads // key.shape[1],
+    )  # fmt: skip
     with _on_device(query.device):
-        kernel[grid](
-            query, key, value, query if mask is None else mask, query if mix_mask is None else mix_mask,
-            query if factor is None else factor, out,
-            *strides[0], *strides[1], *strides[2], *mask_strides, *mix_strides, *factor_strides,
-            queries * heads * value_width, value_width, heads * value_width,
-            queries, keys, heads // key.shape[1], *numbers, **constants,
-        )  # fmt: skip
+        launch(chosen, query.device, grid, tensors, integers)
     return out
+
+
+def launch(plan: Plan, device: torch.device, grid: tuple[int, int, int], tensors: tuple, integers: tuple) -> None:
+    """plan.kernel over the grid. From the second time on without Triton's binder, which looks at each of some sixty
+    arguments for what a kernel may be compiled for, at ten times the price of a launch: the same integers and aligned
+    addresses, on the same device, mean the same kernel.
+    """
+    key = (device.index, integers, *(tensor.data_ptr() % ALIGNED == 0 for tensor in tensors))
+    arguments = (*tensors, *integers, *plan.numbers)
+    compiled = plan.compiled.get(key)
+    if compiled is None:
+        compiled = plan.kernel[grid](*arguments, **plan.constants)
+        if LAUNCHES_COMPILED and len(plan.compiled) < MOST_COMPILED:
+            # a compiled kernel takes constants too, in the place where they stand
+            names = [name for name in plan.kernel.arg_names if name in plan.constants]
+            plan.compiled[key] = compiled, tuple(plan.constants[name] for name in names)
+    else:
+        function, constants = compiled
+        function[grid](*arguments, *constants)
 
 
 @lru_cache
