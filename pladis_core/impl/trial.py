@@ -16,6 +16,11 @@ BROKEN_CONTEXT = (
 )  # fmt: skip
 
 
+def is_broken(error: Exception) -> bool:
+    """Whether the device is beyond use."""
+    return any(words in str(error).lower() for words in BROKEN_CONTEXT)
+
+
 class Trials:
     """Devices, and problems on devices where the kernel has run before, on which it failed.
 
@@ -49,7 +54,7 @@ class Trials:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # compilers, linkers, drivers and old releases fail each in a way of its own
-            if any(words in str(error).lower() for words in BROKEN_CONTEXT):
+            if is_broken(error):
                 raise
             # a device that runs it is not given up for one problem
             whole = device not in self._ran

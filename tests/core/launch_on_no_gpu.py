@@ -1,5 +1,5 @@
-"""Run by test_launch.py in a process of its own: Triton compiles for a GPU that is not there, whose driver only notes what
-it is told to launch. Prints, as JSON, what came of it.
+"""Run by test_launch.py in a process of its own: Triton compiles for a GPU that is not there, whose driver only notes
+what it is told to launch. Prints, as JSON, what came of it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def main() -> None:
     attend(*first)
     (grid, args), (grid_again, args_again) = launches
     out, out_again = args[6], args_again[6]
-    found["same"] = grid == grid_again and comparable(args[:6] + args[7:]) == comparable(args_again[:6] + args_again[7:])
+    given, given_again = (comparable(all_args[:6] + all_args[7:]) for all_args in (args, args_again))
+    found["same"] = grid == grid_again and given == given_again
     found["output"] = out.shape == out_again.shape and out.stride() == out_again.stride()
     for name, others in {
         "again": first, "new tensors": inputs(), "more queries": inputs(128), "more heads": inputs(heads=3),
