@@ -338,7 +338,7 @@ def _mixed(
             if MIX
             else (0.25 * dense / dense_sum)[:, None]
         )
-    return p + entmax if UNIT and not EXACT and not MIX else tl.fma(entmax, sparse_factor, p)
+    return p + entmax if (UNIT and not EXACT) and not MIX else tl.fma(entmax, sparse_factor, p)
 
 
 @triton.jit
