@@ -32,8 +32,8 @@ THREADS = 128
 LEAST_BUFFER_BYTES, LARGEST_BUFFER_BYTES = 8 << 20, 32 << 20
 # queries of a chunk come in such numbers, as tensor cores like them
 ALIGNMENT = 128
-# below it 1 + x forgets the digits of x that entmax near softmax needs
-SMALL_B = 0.05
+# below it 1 + x forgets the digits of x that entmax near softmax needs: a rounding of 1 + x is one of b in a weight
+SMALL_B, SMALL_B_LEAN = 0.05, 0.003
 # `newton_steps` counts from a start that also knows the mean
 STEPS_FROM_THE_PEAK = 2
 # a sum of rounded weights divides only where rounding cannot make it vanish
@@ -93,7 +93,8 @@ class Variant(NamedTuple):
         while keys > lanes * (KEYS_OF_LANE_MASKED if mask or mix else KEYS_OF_LANE):
             lanes *= 2
         # softmax alone is computed as alpha 1.5 in no steps
-        kind = {1.0: 15, 1.5: 15, 2.0: 20}.get(alpha, 1 if alpha - 1.0 < SMALL_B else 0)
+        small = SMALL_B if dtype == torch.float32 else SMALL_B_LEAN
+        kind = {1.0: 15, 1.5: 15, 2.0: 20}.get(alpha, 1 if alpha - 1.0 < small else 0)
         return cls(keys, lanes, kind, WEIGHTS[dtype], mask, mix)
 
     @property
@@ -150,7 +151,7 @@ def check(kernels: Kernels, device: torch.device, variant: Variant) -> None:
     if variant.mix:
         mix_mask = torch.arange(variant.keys)[None] % 3 > 0
     tensors = [t if t is None else t.to(device) for t in (query, key, value, mask, mix_mask)]
-    alpha = {0: 1.25, 1: 1.02, 15: 1.5, 20: 2.0}[variant.alpha]
+    alpha = {0: 1.25, 1: 1.002, 15: 1.5, 20: 2.0}[variant.alpha]
     mix = {"scale": 0.25, "alpha": alpha, "dense": -1.0, "sparse": 2.0, "mass": None, "row_lse": None}
     out = _attend(kernels, *tensors, **mix).float()
     exact = [t.float() if t is not None and t.is_floating_point() else t for t in tensors]

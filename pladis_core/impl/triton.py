@@ -45,8 +45,8 @@ FAR = tl.constexpr(120.0)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
-# below it 1 + x forgets the digits of x that entmax near softmax needs
-SMALL_B = 0.05
+# below it 1 + x forgets the digits of x that entmax near softmax needs: a rounding of 1 + x is one of b in a weight
+SMALL_B, SMALL_B_LEAN = 0.05, 0.003
 # `newton_steps` counts from a start that also knows the mean
 STEPS_FROM_THE_PEAK = 2
 # a sum of rounded weights divides only where rounding cannot make it vanish
@@ -777,7 +777,7 @@ def plan(
     )  # fmt: skip
     constants = {
         "D": width, "DV": value_width, "ALPHA": alpha if common else 0,
-        "POWER": 0 if common else 2 if b < SMALL_B else 0 if lean else 1, "EXACT": not lean, "FOLD": folded,
+        "POWER": 0 if common else 2 if b < (SMALL_B_LEAN if lean else SMALL_B) else 0 if lean else 1, "EXACT": not lean, "FOLD": folded,
         "MASK": 0 if mask is None else 1 if mask == torch.bool else 2, "MIX": mix, "MASS": mass,
         "UNIT": weights.unit, "NEGATIVE": weights.dense < 0.0,
         "NORMALISE": lean and abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole), "PTX": ptx, "WIDE": wide,

@@ -113,7 +113,8 @@ def attend(query, key, value, mask=None, part=None, alpha=1.5, dense=-1.0, spars
 @pytest.mark.parametrize(
     ("shape", "alpha", "dtype"),
     [
-        ("sdxl", 1.0, "float32"), ("sdxl", 1.02, "bfloat16"), ("sdxl", 1.25, "float32"), ("sdxl", 1.9, "bfloat16"),
+        ("sdxl", 1.0, "float32"), ("sdxl", 1.002, "bfloat16"), ("sdxl", 1.004, "float16"), ("sdxl", 1.02, "float32"),
+        ("sdxl", 1.25, "float32"), ("sdxl", 1.9, "bfloat16"),
         ("sdxl", 1.5, "float32"), ("sdxl", 1.5, "float16"), ("sdxl", 1.5, "bfloat16"), ("sdxl", 2.0, "float32"),
         ("sdxl", 2.0, "bfloat16"), ("grouped", 1.5, "float16"), ("one key", 1.5, "float32"),
         ("two prompts", 1.5, "bfloat16"), ("pixart", 1.5, "float32"), ("flux", 1.5, "bfloat16"),
