@@ -770,6 +770,7 @@ def plan(
     gain = (scale if folded else 1.0) * LOG2_E.value
     limit = min(LARGEST_SCORE, LARGEST_EXPONENT / gain) if lean else LARGEST_SCORE
     common = alpha in (1.5, 2.0)
+    small = SMALL_B_LEAN if lean else SMALL_B
     config = configuration(queries, keys, max(width, value_width), dtype, wave)
     numbers = (
         steps, scale, gain, limit, start, b, enough(alpha, keys, dtype), weights.dense, weights.sparse, weights.factor,
@@ -777,7 +778,7 @@ def plan(
     )  # fmt: skip
     constants = {
         "D": width, "DV": value_width, "ALPHA": alpha if common else 0,
-        "POWER": 0 if common else 2 if b < (SMALL_B_LEAN if lean else SMALL_B) else 0 if lean else 1, "EXACT": not lean, "FOLD": folded,
+        "POWER": 0 if common else 2 if b < small else 0 if lean else 1, "EXACT": not lean, "FOLD": folded,
         "MASK": 0 if mask is None else 1 if mask == torch.bool else 2, "MIX": mix, "MASS": mass,
         "UNIT": weights.unit, "NEGATIVE": weights.dense < 0.0,
         "NORMALISE": lean and abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole), "PTX": ptx, "WIDE": wide,
