@@ -27,6 +27,8 @@ KEYS_OF_LANE = 96
 KEYS_OF_LANE_MASKED = 48
 MAX_KEYS = 1024
 WEIGHTS = {torch.float16: 16, torch.bfloat16: 17, torch.float32: 32}
+# texts whose lengths differ by less share a kernel
+SIMILAR_KEYS = 16
 THREADS = 128
 # of float32 scores: half of the cache, within what makes launches few and memory little
 LEAST_BUFFER_BYTES, LARGEST_BUFFER_BYTES = 8 << 20, 32 << 20
@@ -61,7 +63,7 @@ class Rows(ctypes.Structure):
     """`struct Rows` of rows.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("rows", "queries", "steps", "mass_kind", "divided")),
+        *((name, ctypes.c_int) for name in ("rows", "queries", "keys", "steps", "mass_kind", "divided")),
         *((name, ctypes.c_float) for name in ("scale", "b", "enough", "dense", "sparse", "factor")),
         *((name, ctypes.c_longlong) for name in ("mask_h", "mask_q", "mask_k", "mixed_k", "mass_h", "mass_q")),
     ]
@@ -80,7 +82,8 @@ class Products(ctypes.Structure):
 class Variant(NamedTuple):
     """What rows.cu is compiled for; see there."""
 
-    keys: int
+    least_keys: int
+    most_keys: int
     lanes: int
     alpha: int
     weight: int
@@ -89,13 +92,18 @@ class Variant(NamedTuple):
 
     @classmethod
     def of(cls, keys: int, alpha: float, dtype: torch.dtype, mask: bool, mix: bool) -> Variant:
+        # prompts of CLIP have 77 tokens or a multiple, those of others any number, each of which would be compiled for
+        least = most = keys
+        if keys % 77:
+            most = -(-keys // SIMILAR_KEYS) * SIMILAR_KEYS
+            least = most - SIMILAR_KEYS + 1
         lanes = 1
-        while keys > lanes * (KEYS_OF_LANE_MASKED if mask or mix else KEYS_OF_LANE):
+        while most > lanes * (KEYS_OF_LANE_MASKED if mask or mix else KEYS_OF_LANE):
             lanes *= 2
         # softmax alone is computed as alpha 1.5 in no steps
         small = SMALL_B if dtype == torch.float32 else SMALL_B_LEAN
         kind = {1.0: 15, 1.5: 15, 2.0: 20}.get(alpha, 1 if alpha - 1.0 < small else 0)
-        return cls(keys, lanes, kind, WEIGHTS[dtype], mask, mix)
+        return cls(least, most, lanes, kind, WEIGHTS[dtype], mask, mix)
 
     @property
     def definitions(self) -> str:
@@ -141,15 +149,16 @@ def check(kernels: Kernels, device: torch.device, variant: Variant) -> None:
 
     dtype = next(dtype for dtype, weight in WEIGHTS.items() if weight == variant.weight)
     generator = torch.Generator().manual_seed(0)
+    keys = variant.least_keys
     query, key, value = (
-        torch.randn(1, 2, length, 16, generator=generator).to(dtype) for length in (CHECKED_ROWS, *[variant.keys] * 2)
+        torch.randn(1, 2, length, 16, generator=generator).to(dtype) for length in (CHECKED_ROWS, *[keys] * 2)
     )
     mask = mix_mask = None
     if variant.mask:
-        mask = torch.randn(CHECKED_ROWS, variant.keys, generator=generator)
+        mask = torch.randn(CHECKED_ROWS, keys, generator=generator)
         mask = mask.masked_fill(mask > 1.0, -torch.inf).expand(1, 2, -1, -1)
     if variant.mix:
-        mix_mask = torch.arange(variant.keys)[None] % 3 > 0
+        mix_mask = torch.arange(keys)[None] % 3 > 0
     tensors = [t if t is None else t.to(device) for t in (query, key, value, mask, mix_mask)]
     alpha = {0: 1.25, 1: 1.002, 15: 1.5, 20: 2.0}[variant.alpha]
     mix = {"scale": 0.25, "alpha": alpha, "dense": -1.0, "sparse": 2.0, "mass": None, "row_lse": None}
@@ -230,7 +239,7 @@ def _fill(out, query, key, value, mask, mix_mask, factor, settings, kernels: Ker
         # (h, keys, q): neighbouring threads read neighbouring queries
         scores, weights = (flat[: h * keys * q].view(h, keys, q) for flat in (all_scores, all_weights))
         _wide_product(key[rows[:2]], part.mT, scores)
-        chunk = {"rows": h * q, "queries": q}
+        chunk = {"rows": h * q, "queries": q, "keys": keys}
         mask_part = mixed = factor_part = None
         if mask is not None:
             mask_part = mask[rows]

@@ -5,19 +5,20 @@
 // maximum is 0, r = [1 + b (c - u)]_+, and entmax is r^p for the u at which sum r^p = 1, found by Newton's method on
 // the p-norm from u = 0.
 //
-// Scores lie keys before queries, (heads, KEYS, queries): neighbouring threads read neighbouring queries. A thread holds
+// Scores lie keys before queries, (heads, keys, queries): neighbouring threads read neighbouring queries. A thread holds
 // its scores in registers, so a row is read once, and with one thread to a row no sum leaves a thread. Beyond the keys
 // that registers hold, LANES threads of a warp share a row, each with every LANES-th key:
 //
 //   lane of a warp:  0 .. 32/LANES - 1: keys 0, LANES, ... of 32/LANES queries; the next as many: keys 1, LANES + 1, ...
 //
 // Defined before this text:
-//   KEYS, LANES    keys of a row, and threads that share it: a power of two
+//   LEAST_KEYS, MOST_KEYS  between which the number of keys lies: one kernel for texts of about a length
+//   LANES          threads that share a row: a power of two
 //   ALPHA          15, 20, 1 for alphas near 1, 0 for any other
 //   WEIGHT         16 float16, 17 bfloat16, 32 float32: what the weights are rounded to
 //   MASK, MIX      whether there is an additive mask; whether only some keys are mixed
 
-#define KEYS_OF_LANE ((KEYS + LANES - 1) / LANES)
+#define KEYS_OF_LANE ((MOST_KEYS + LANES - 1) / LANES)
 
 #if WEIGHT == 32
 typedef float weight_t;
@@ -41,7 +42,7 @@ typedef unsigned short weight_t;
 #define MINUS_INFINITY (-__int_as_float(0x7f800000))
 
 struct Rows {
-    int rows, queries;                 // of this launch: rows = heads * queries
+    int rows, queries, keys;           // of this launch: rows = heads * queries
     int steps;                         // of the solver, at most
     int mass_kind;                     // 0 none, 1 given, 2 from the log-sum-exp of a longer row
     int divided;                       // whether the rounded weights are made to sum to dense + sparse
@@ -57,7 +58,7 @@ struct Rows {
 // earlier loop computed from them, in registers that are not there.
 #define FOR_KEYS _Pragma("unroll") for (int i = 0; i < KEYS_OF_LANE; ++i)
 #define FOR_KEYS_ANEW FOR_KEYS { LOOK_CHANGED(c[i]); } FOR_KEYS
-#define IS_KEY(i) ((i + 1) * LANES <= KEYS || i * LANES + first_key < KEYS)
+#define IS_KEY(i) ((i + 1) * LANES <= LEAST_KEYS || i * LANES + first_key < s.keys)
 #define IS_MIXED(i) (!MIX || (mixed_bits[i >> 5] >> (i & 31) & 1u))
 #define MIXED_SCORE(i) (!MIX ? c[i] : IS_MIXED(i) ? c[i] - centre : MINUS_INFINITY)
 #define ENTMAX(i) fmaxf(entmax(MIXED_SCORE(i), u, s.b, step, total, slope) - surplus, 0.0f)
@@ -147,8 +148,8 @@ __device__ __forceinline__ float entmax(float c, float u, float b, float step, f
 #endif
 }
 
-// Scores (heads, KEYS, queries) float32 -> quarters of weights, alike, and factors (heads, queries), by which a row's
-// product with the values is to be multiplied. mixed: (KEYS,), true where entmax takes part.
+// Scores (heads, keys, queries) float32 -> quarters of weights, alike, and factors (heads, queries), by which a row's
+// product with the values is to be multiplied. mixed: (keys,), true where entmax takes part.
 extern "C" __global__ void __launch_bounds__(128, 4) pladis_rows(
     const float* scores, weight_t* weights, float* factors, const float* mask, const unsigned char* mixed,
     const float* mass, Rows s
@@ -158,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) pladis_rows(
     // threads beyond the last row stay for the sums of the others
     const bool inside = row < s.rows;
     const int head = inside ? row / s.queries : 0, query = inside ? row - head * s.queries : 0;
-    const long long start = ((long long)head * KEYS + first_key) * s.queries + query;
+    const long long start = ((long long)head * s.keys + first_key) * s.queries + query;
     const long long stride = (long long)LANES * s.queries;  // from one of this thread's keys to its next
     scores += start;
     weights += start;

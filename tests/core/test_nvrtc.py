@@ -236,6 +236,16 @@ def test_chunks_do_not_change_the_result_and_shrink_where_memory_runs_out(monkey
     assert sizes[0] > 77 * 20 >= sizes[-1]
 
 
+def test_texts_of_about_a_length_share_a_kernel(kernels):
+    query = torch.randn(1, 1, 5, 8)
+    made = kernels.cache_info().misses
+    for keys in (97, 100, 111, 112):
+        key, value = torch.randn(1, 1, keys, 8), torch.randn(1, 1, keys, 8)
+        expected = definition(query, key, value)
+        torch.testing.assert_close(attend(query, key, value).double(), expected, atol=5e-6, rtol=0)
+    assert kernels.cache_info().misses == made + 1
+
+
 def test_the_hosts_layout_and_zero_sizes():
     flat = torch.randn(2, 20, 128), torch.randn(2, 77, 128), torch.randn(2, 77, 128)
     query, key, value = (t.unflatten(-1, (2, 64)).transpose(1, 2) for t in flat)
