@@ -66,7 +66,9 @@ class Trials:
                 type(error).__name__, next(iter(str(error).splitlines()), ""),
             )  # fmt: skip
             return None
-        self._ran.add(device)
+        if device not in self._ran:
+            LOGGER.info("PLADIS: attention on %s runs in a kernel that %s compiles.", device, self._name)
+            self._ran.add(device)
         return out
 
 
