@@ -122,6 +122,7 @@ def cases() -> list[Case]:
     rows += [Case("sm_90", 77, 64, alpha=1.02), Case("sm_90", 1024, 64, alpha=2.0), Case("sm_90", 77, 64, "fp16")]
     rows += [Case(target, 77, 64, "fp32") for target in ("sm_80", "sm_90", "gfx1100")]
     rows += [Case(target, 256, 128, "fp32") for target in ("sm_80", "sm_90")]
+    rows += [Case("sm_90", *shape, "fp32", alpha=2.0) for shape in ((77, 64), (256, 128))]
     rows += [Case("sm_90", 77, 64, mask=mask) for mask in ("bool", "add")]
     return rows + [Case("sm_90", 77, 64, mix=True), Case("sm_90", 512, 128, mass=2), Case("sm_90", 512, 128, mix=True)]
 

@@ -205,6 +205,16 @@ def _newton_step(total, slope, b, ALPHA: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def _farthest(step, ALPHA: tl.constexpr, EXACT: tl.constexpr):
+    """The largest step of a tile. For exact sparsemax also one back by more than a last digit: where the first sums,
+    large and rounded, led so far right of the root that a cluster of keys dropped out, it takes another to count them.
+    """
+    if EXACT and ALPHA == 2:
+        step = tl.maximum(step, -3.0 * step)
+    return tl.max(step, 0)
+
+
+@triton.jit
 def _entmax(
     c, u, step, total, slope, b, part,
     ALPHA: tl.constexpr, POWER: tl.constexpr, EXACT: tl.constexpr, MIX: tl.constexpr, PTX: tl.constexpr,
@@ -390,6 +400,35 @@ def _row_moments(
 
 
 @triton.jit
+def _entmax_sum(
+    c, u, step, total, slope, b, part,
+    N: tl.constexpr, ALPHA: tl.constexpr, POWER: tl.constexpr, EXACT: tl.constexpr, MIX: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Row sums of a quarter of the entmax weights over all N tiles."""
+    weights = _entmax(c[0], u, step, total, slope, b, part[0], ALPHA, POWER, EXACT, MIX, PTX)
+    for i in tl.static_range(1, N):
+        weights += _entmax(c[i], u, step, total, slope, b, part[i], ALPHA, POWER, EXACT, MIX, PTX)
+    return tl.sum(weights, 1)
+
+
+@triton.jit
+def _surplus(
+    c, u, step, total, slope, b, part,
+    N: tl.constexpr, POWER: tl.constexpr, MIX: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """What is left of every sparsemax weight to take off after the last step. impl/eager.py: _settle"""
+    totals = tl.zeros(c[0].shape, tl.float32)
+    counts = totals
+    for i in tl.static_range(0, N):
+        r = _entmax(c[i], u, step, total, slope, b, part[i], 2, POWER, True, MIX, PTX)
+        totals += r
+        counts += tl.where(r > 0.0, 1.0, 0.0)
+    surplus = 4.0 * tl.sum(totals, 1) - 1.0
+    return tl.where(surplus > 4.8e-7, surplus / tl.maximum(tl.sum(counts, 1), 1.0), 0.0)
+
+
+@triton.jit
 def _exp2_sum(c, rise, part, N: tl.constexpr, PARTS: tl.constexpr, MIX: tl.constexpr, PTX: tl.constexpr):
     """Row sums of 2^(c + rise), with PARTS of the columns `part` alone."""
     total = tl.zeros(c[0].shape, tl.float32)
@@ -495,7 +534,7 @@ def _resident_kernel(
         u += step
         total, slope = _row_moments(c, u, b, part, N, ALPHA, POWER, MIX, PTX)
         step = _newton_step(total, slope, b, ALPHA, PTX)
-        left = tl.where(tl.max(step, 0) > enough, left - 1, 0)
+        left = tl.where(_farthest(step, ALPHA, EXACT) > enough, left - 1, 0)
 
     # softmax is centred on the maximum of all keys
     rise = (centre - peak) * gain
@@ -503,10 +542,9 @@ def _resident_kernel(
     part_sum = _exp2_sum(c, rise, part, N, True, MIX, PTX) if MIX else dense_sum
     sparse_sum = dense_sum
     if EXACT:
-        weights = _entmax(c[0], u, step, total, slope, b, part[0], ALPHA, POWER, EXACT, MIX, PTX)
-        for i in tl.static_range(1, N):
-            weights += _entmax(c[i], u, step, total, slope, b, part[i], ALPHA, POWER, EXACT, MIX, PTX)
-        sparse_sum = tl.sum(weights, 1)
+        if ALPHA == 2:
+            step += _surplus(c, u, step, total, slope, b, part, N, POWER, MIX, PTX)
+        sparse_sum = _entmax_sum(c, u, step, total, slope, b, part, N, ALPHA, POWER, EXACT, MIX, PTX)
     sparse_factor = _sparse_factor(sparse, sparse_sum, part_sum, dense_sum, EXACT, UNIT, MIX)
     out = ()
     for _ in tl.static_range(0, DV, BLOCK_V):
@@ -630,10 +668,11 @@ def _streaming_kernel(
             slopes += more_slopes
         total, slope = _two_sums(totals, slopes)
         step = _newton_step(total, slope, b, ALPHA, PTX)
-        left = tl.where(tl.max(step, 0) > enough, left - 1, 0)
+        left = tl.where(_farthest(step, ALPHA, EXACT) > enough, left - 1, 0)
 
     rise = (centre - peak) * gain
-    # the sum of float32 weights would be one more pass
+    # the sum of float32 weights would be one more pass. So they miss 1 by what each may be off, sparsemax's `_surplus`
+    # among it: a rounding of the threshold, 1.2e-7 at most, for every tie at the edge of the support
     sparse_factor = _sparse_factor(sparse, 0.25, part_sum, dense_sum, EXACT, UNIT, MIX)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     weight_sums = tl.zeros((BLOCK_Q, 16), tl.float32)
