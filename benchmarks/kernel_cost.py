@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -71,10 +72,6 @@ PROBLEMS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MATRIX = re.compile(r"HMMA|HGMMA|UTCHMMA|v_mfma|v_wmma|v_smfma")
-POINTERS = {"Q", "K", "V", "Mask", "Mix", "Mass", "Out"}
-INTEGERS = {"n_queries", "n_keys", "steps"}
-# widths are contiguous and every query head has its key head, as in the host's models; Triton specialises on 1
-ONES = {"groups", "stride_qd", "stride_kd", "stride_vd", "stride_mk", "stride_xk"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +119,7 @@ def cases() -> list[Case]:
     rows += [Case("sm_90", 77, 64, alpha=1.02), Case("sm_90", 1024, 64, alpha=2.0), Case("sm_90", 77, 64, "fp16")]
     rows += [Case(target, 77, 64, "fp32") for target in ("sm_80", "sm_90", "gfx1100")]
     rows += [Case(target, 256, 128, "fp32") for target in ("sm_80", "sm_90")]
+    rows += [Case("sm_90", *shape, "fp32", alpha=2.0) for shape in ((77, 64), (256, 128))]
     rows += [Case("sm_90", 77, 64, mask=mask) for mask in ("bool", "add")]
     return rows + [Case("sm_90", 77, 64, mix=True), Case("sm_90", 512, 128, mass=2), Case("sm_90", 512, 128, mix=True)]
 
@@ -144,23 +142,21 @@ def compiled(case: Case):
         case.width**-0.5, case.alpha, -2.0 if case.mass else -1.0, 2.0, mask, case.mix, case.mass,
         gpu.arch if gpu.backend == "cuda" else 0, gpu.warp if gpu.backend == "hip" else 0, False,
     )  # fmt: skip
-    names = plan.kernel.arg_names
-    options = {name: value for name, value in plan.constants.items() if name not in names}
-    constants = dict.fromkeys(ONES, 1) | {name: value for name, value in plan.constants.items() if name in names}
-    types = {name: f"*{case.dtype}" if name in POINTERS else "i32" if name in INTEGERS else "fp32" for name in names}
-    types |= {"Mix": "*i1", "Mask": "*i1" if case.mask == "bool" else f"*{case.dtype}"}
-    types |= {name: "i32" for name in names if name.startswith("stride")} | dict.fromkeys(constants, "constexpr")
-    attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(names)
-        if name not in constants and (name in POINTERS or name.startswith("stride"))
+    kinds = {"Mix": "i1", "Mask": "i1" if case.mask == "bool" else case.dtype}
+    types: dict[str, tuple] = {
+        # widths are contiguous and every query head has its key head, as in the host's models
+        name: backend.Tensor(f"*{kinds.get(name, case.dtype)}:16", "i32:16", "i32:16", "i32:16", "1")
+        for name in ("Q", "K", "V", "Mask", "Mix", "Mass", "Out")
     }
-    source = ASTSource(plan.kernel, {name: types[name] for name in names}, constants, attributes)
+    types |= {"sizes": backend.Sizes("i32", "i32", "1"), "scale": backend.Scale(*["fp32"] * 4)}
+    types |= {"solver": backend.Solver("i32", *["fp32"] * 3), "weights": backend.Weights(*["fp32"] * 4)}
+    types |= zip(("HOW", "TILE"), plan.constants, strict=True)
+    source = ASTSource(plan.kernel, *specialised(types))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         # of this process and of the assembler that it starts
         before = os.times()
-        result = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options)
+        result = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=dict(plan.options))
         after = os.times()
     seconds = sum(
         getattr(after, f) - getattr(before, f) for f in ("user", "system", "children_user", "children_system")
@@ -168,23 +164,42 @@ def compiled(case: Case):
     return result, plan, seconds
 
 
+def specialised(types: Mapping[str, tuple]) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes of arguments in groups, as Triton makes them of a call. "i32:16" is a
+    multiple of 16; "1" an integer that is 1, which becomes a constant.
+    """
+    signature, constants, attributes = {}, {}, {}
+    for place, (name, group) in enumerate(types.items()):
+        found = []
+        for member, kind in enumerate(group):
+            if not isinstance(kind, str) or kind == "1":
+                constants[place, member] = 1 if kind == "1" else kind.value
+                kind = "constexpr"
+            kind, _, factor = kind.partition(":")
+            if factor:
+                attributes[place, member] = [["tt.divisibility", int(factor)]]
+            found.append(kind)
+        signature[name] = type(group)(*found)
+    return signature, constants, attributes
+
+
 def measure(case: Case, sigma: float = 1.0) -> Row:
     result, plan, seconds = compiled(case)
-    gpu, config = GPUS[case.target], plan.constants
-    tiles = -(-case.keys // config["BLOCK_K"])
-    steps = solver_steps(case.keys, case.alpha, config["BLOCK_Q"], plan.numbers[6], plan.numbers[0], sigma)
+    gpu, tile = GPUS[case.target], plan.tile
+    tiles = -(-case.keys // tile.BLOCK_K)
+    steps = solver_steps(case.keys, case.alpha, tile.BLOCK_Q, plan.solver.enough, plan.solver.steps, sigma)
     if gpu.backend == "cuda":
         code, registers, spilled = nvidia_code(result.asm["cubin"])
     else:
         code, registers, spilled = amd_code(result.asm["amdgcn"])
-    resident = "N" in config
-    inner = -(-case.width // config["BLOCK_D"]) if resident else tiles
+    resident = tile.N > 0
+    inner = -(-case.width // tile.BLOCK_D) if resident else tiles
     # the resident kernel's first step stands before the loop
     executed = weighted(code, steps - resident, inner)
     warps = result.metadata.num_warps
-    scores = config["BLOCK_Q"] * tiles * config["BLOCK_K"] / warps / gpu.warp
+    scores = tile.BLOCK_Q * tiles * tile.BLOCK_K / warps / gpu.warp
     heads, queries = PROBLEMS[case.keys, case.width]
-    programs = heads * -(-queries // config["BLOCK_Q"])
+    programs = heads * -(-queries // tile.BLOCK_Q)
     size = DTYPES[case.dtype].itemsize
     read = 2 * heads * (queries + case.keys) * case.width * size
     flops = 4 * heads * queries * case.keys * case.width

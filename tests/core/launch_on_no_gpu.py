@@ -88,7 +88,9 @@ def seconds(call, count: int = 200) -> float:
 
 
 def comparable(args: tuple) -> list:
-    return [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    """Groups as lists, tensors by their addresses."""
+    flat = [comparable(arg) if isinstance(arg, tuple) else arg for arg in args]
+    return [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in flat]
 
 
 def main() -> None:
@@ -101,7 +103,7 @@ def main() -> None:
     attend(*first)
     attend(*first)
     (grid, args), (grid_again, args_again) = launches
-    out, out_again = args[6], args_again[6]
+    out, out_again = args[6].at, args_again[6].at
     given, given_again = (comparable(all_args[:6] + all_args[7:]) for all_args in (args, args_again))
     found["same"] = grid == grid_again and given == given_again
     found["output"] = out.shape == out_again.shape and out.stride() == out_again.stride()

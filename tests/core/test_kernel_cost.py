@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import kernel_cost
 
-pytest.importorskip("triton", reason="no Triton on this system")
+triton = pytest.importorskip("triton", reason="no Triton on this system")
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads(kernel_cost.RECORD.read_text(encoding="utf-8"))
 # a few that compile fast; all: python -m benchmarks.kernel_cost --check
@@ -73,6 +73,20 @@ def test_steps_are_those_of_the_kernels_solver():
     few, many = (kernel_cost.solver_steps(77, 2.0, 64, 1e-4, 12, sigma) for sigma in (4.0, 0.5))
     assert 1.0 <= few < many <= 12
     assert kernel_cost.solver_steps(77, 2.0, 64, 0.0, 3, 1.0) == 3
+
+
+def test_arguments_in_groups_are_specialised_member_by_member():
+    from pladis_core.impl.triton_kernel import Sizes, Tensor
+
+    half = triton.language.constexpr(0.5)
+    groups = {"Q": Tensor("*bf16:16", "i32:16", "i32:16", "i32", "1"), "any": Sizes("i32", half, "1")}
+    signature, constants, attributes = kernel_cost.specialised(groups)
+    assert signature == {
+        "Q": Tensor("*bf16", "i32", "i32", "i32", "constexpr"),
+        "any": Sizes("i32", "constexpr", "constexpr"),
+    }
+    assert constants == {(0, 4): 1, (1, 1): 0.5, (1, 2): 1}
+    assert set(attributes) == {(0, 0), (0, 1), (0, 2)}
 
 
 def test_the_branch_of_an_instruction_is_read():
