@@ -437,7 +437,7 @@ def _mixed(entmax, c, part, shares, weights, HOW):
             if HOW.MIX
             else (0.25 * dense / dense_sum)[:, None]
         )
-    return p + entmax if HOW.UNIT and not HOW.EXACT and not HOW.MIX else tl.fma(entmax, shares.sparse_factor, p)
+    return p + entmax if (HOW.UNIT and not HOW.EXACT) and not HOW.MIX else tl.fma(entmax, shares.sparse_factor, p)
 
 
 @triton.jit
