@@ -437,7 +437,6 @@ def _mixed(entmax, c, part, shares, weights, HOW):
             if HOW.MIX
             else (0.25 * dense / dense_sum)[:, None]
         )
-    # Triton 3.3 takes no chain of conditions
     return p + entmax if (HOW.UNIT and not HOW.EXACT) and not HOW.MIX else tl.fma(entmax, shares.sparse_factor, p)
 
 
