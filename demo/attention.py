@@ -1,22 +1,23 @@
-"""PLADIS in a diffusers U-Net: an attention processor on its text cross-attentions, through `pladis_core`."""
+"""How the demo model's U-Net attends to text: by PLADIS, through `pladis_core.diffusers`, or by softmax of a
+temperature, which PLADIS is compared with."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from diffusers import UNet2DConditionModel
+from torch import autocast
 from torch.nn.functional import scaled_dot_product_attention
 
-from pladis_core import pladis_attention
+from pladis_core.diffusers import apply_pladis
 
 LAYERS = ("all", "down + up")
 
 
 @dataclass(frozen=True)
 class TextAttention:
-    """How text cross-attention weighs its keys.
-
-    lam: PLADIS' lambda; 0 is softmax. alpha: sparsity of the form that it pushes towards. temperature: factor on the
+    """lam: PLADIS' lambda; 0 is softmax. alpha: sparsity of the form that it pushes towards. temperature: factor on the
     scores in softmax, the control that sharpens without being sparse; only with lam 0. layers: "all", the paper's
     definition, or "down + up", without the middle block, as the authors' code.
     """
@@ -32,31 +33,46 @@ class TextAttention:
         if self.lam and self.temperature != 1:
             raise ValueError(f"temperature {self.temperature} is a control for lam 0, not for lam {self.lam}")
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        """diffusers' processor (diffusers/models/attention_processor.py, AttnProcessor2_0).
+    def on(self, unet: UNet2DConditionModel) -> AbstractContextManager:
+        """The U-Net attends so in a `with` block, and as before afterwards."""
+        if self.lam:
+            return apply_pladis(unet, self.lam, self.alpha, self.layers)
+        return nullcontext() if self.temperature == 1 else _tempered(unet, self)
 
+
+@contextmanager
+def _tempered(unet: UNet2DConditionModel, attention: TextAttention):
+    before = unet.attn_processors
+    tempered = SoftmaxAttention(attention.temperature)
+
+    def chosen(name: str) -> bool:
+        return ".attn2." in name and (attention.layers == "all" or not name.startswith("mid_block"))
+
+    unet.set_attn_processor({name: tempered if chosen(name) else processor for name, processor in before.items()})
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(before)
+
+
+class SoftmaxAttention:
+    """diffusers' processor (diffusers/models/attention_processor.py, AttnProcessor2_0), with a factor on the scores and
+    in float32: under bfloat16 autocast its backward pass is slow on CPUs."""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        self.temperature = temperature
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        """
         Args:
             hidden_states: (B, Lq, C). encoder_hidden_states: (B, Lk, C') or None in self-attention.
         """
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            projected.float().unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
-        scale = query.shape[-1] ** -0.5
-        if self.lam:
-            out = pladis_attention(query, key, value, scale=scale, lam=self.lam, alpha=self.alpha)
-        else:
-            out = scaled_dot_product_attention(query, key, value, scale=scale * self.temperature)
+        scale = query.shape[-1] ** -0.5 * self.temperature
+        with autocast(query.device.type, enabled=False):
+            out = scaled_dot_product_attention(query, key, value, scale=scale)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(-2)))
-
-
-def set_text_attention(unet: UNet2DConditionModel, attention: TextAttention) -> None:
-    """Puts `attention` into the text cross-attentions that it covers, softmax everywhere else."""
-    dense = TextAttention()
-
-    def chosen(name: str) -> TextAttention:
-        covered = attention.layers == "all" or not name.startswith("mid_block")
-        return attention if ".attn2." in name and covered else dense
-
-    unet.set_attn_processor({name: chosen(name) for name in unet.attn_processors})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from .attention import TextAttention, set_text_attention
+from .attention import TextAttention
 from .model import autoencoder, encode_text, load, text_encoder, unet
 from .sampling import euler, guided
 
@@ -51,11 +51,11 @@ class Pipeline:
         Raises:
             ValueError: a word that the model does not know, or a caption that is too long.
         """
-        set_text_attention(self.unet, attention or TextAttention())
         text = encode_text(self.text_encoder, captions)
         empty = encode_text(self.text_encoder, [""]).expand_as(text)
         velocity = guided(self.unet, text, empty, self.cfg if cfg is None else cfg)
-        return euler(velocity, noise.to(self.device), steps or self.steps, callback)
+        with (attention or TextAttention()).on(self.unet):
+            return euler(velocity, noise.to(self.device), steps or self.steps, callback)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:

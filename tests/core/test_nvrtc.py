@@ -148,6 +148,15 @@ def test_a_query_with_every_key_masked_gets_zero():
     assert (out[:, :, 3] == 0).all() and (out[:, :, 4] != 0).any()
 
 
+def test_a_masked_key_changes_nothing_however_large():
+    query, key, value = tensors("sdxl")
+    mask = torch.ones(2, 1, 1, 77, dtype=torch.bool)
+    mask[..., 5] = False
+    before = pladis_attention(query, key, value, mask, backend="nvrtc")
+    key[:, :, 5] = 1e38
+    assert torch.equal(pladis_attention(query, key, value, mask, backend="nvrtc"), before)
+
+
 @pytest.mark.parametrize("dense", (-1.0, -2.0), ids=("attention", "correction"))
 @pytest.mark.parametrize("masked", (False, True))
 def test_entmax_takes_part_in_the_keys_of_a_mix_mask_alone(masked, dense):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from demo import config
-from demo.attention import TextAttention, set_text_attention
+from demo.attention import SoftmaxAttention, TextAttention
 from demo.oracle import read, score
 from demo.pipeline import VARIANTS, Pipeline
 from demo.sampling import euler, guided, noise
@@ -69,37 +69,51 @@ def test_pictures_have_no_checkerboard(standard):
 
 
 @pytest.mark.parametrize("layers", ["all", "down + up"])
-def test_only_the_text_layers_that_are_chosen_get_pladis(standard, layers):
-    set_text_attention(standard.unet, TextAttention(2.0, layers=layers))
-    strengths = {name: processor.lam for name, processor in standard.unet.attn_processors.items()}
-    text = {name for name in strengths if ".attn2." in name}
-    wanted = {name for name in text if layers == "all" or not name.startswith("mid_block")}
-    assert len(text) == 7 and {name for name, lam in strengths.items() if lam} == wanted
+@pytest.mark.parametrize("control", [{"lam": 2.0}, {"temperature": 2.0}])
+def test_only_the_text_layers_that_are_chosen_change(standard, layers, control):
+    text = torch.randn(2, 77, 96)
+    attentions = {
+        name: (module, torch.randn(2, 64, module.to_q.in_features))
+        for name, module in standard.unet.named_modules()
+        if name.endswith(("attn1", "attn2"))
+    }
+
+    def outputs():
+        return {n: module(hidden, text if "attn2" in n else None) for n, (module, hidden) in attentions.items()}
+
+    before = outputs()
+    with TextAttention(**control, layers=layers).on(standard.unet):
+        inside = outputs()
+    changed = {name for name in before if not torch.allclose(before[name], inside[name])}
+    assert sum("attn2" in name for name in before) == 7
+    assert changed == {n for n in before if "attn2" in n and (layers == "all" or not n.startswith("mid_block"))}
+    assert all(torch.equal(out, before[name]) for name, out in outputs().items())
 
 
-def test_the_processor_is_diffusers_own_with_our_weights(standard):
-    attn = standard.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
-    hidden, text = torch.randn(2, 64, 64), torch.randn(2, 24, 96)
-    from diffusers.models.attention_processor import AttnProcessor2_0
+def layer_of(pipeline):
+    return pipeline.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
 
-    torch.testing.assert_close(TextAttention()(attn, hidden, text), AttnProcessor2_0()(attn, hidden, text))
+
+def test_pladis_is_the_equation_on_its_heads(standard):
+    attn = layer_of(standard)
+    hidden, text = torch.randn(2, 64, 64), torch.randn(2, 77, 96)
     heads = [
         x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(hidden), attn.to_k(text), attn.to_v(text))
     ]
     mixed = pladis_attention(*heads, lam=1.5, alpha=1.25, backend="reference").transpose(1, 2).flatten(-2)
-    torch.testing.assert_close(
-        TextAttention(1.5, 1.25)(attn, hidden, text), attn.to_out[0](mixed), atol=1e-5, rtol=1e-5
-    )
+    with TextAttention(1.5, 1.25).on(standard.unet):
+        torch.testing.assert_close(attn(hidden, text), attn.to_out[0](mixed), atol=1e-5, rtol=1e-5)
 
 
 def test_a_temperature_scales_the_scores(standard):
-    attn = standard.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
-    hidden, text = torch.randn(2, 64, 64), torch.randn(2, 24, 96)
-    warm = TextAttention(temperature=2.0)(attn, hidden, text)
-    assert not torch.allclose(warm, TextAttention()(attn, hidden, text))
+    attn = layer_of(standard)
+    hidden, text = torch.randn(2, 64, 64), torch.randn(2, 77, 96)
+    with TextAttention(temperature=2.0).on(standard.unet):
+        warm = attn(hidden, text)
     before = attn.to_q.weight.clone()
     attn.to_q.weight *= 2
-    torch.testing.assert_close(TextAttention()(attn, hidden, text), warm, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attn(hidden, text), warm, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(SoftmaxAttention()(attn, hidden, text), warm, atol=1e-5, rtol=1e-5)
     attn.to_q.weight.copy_(before)
 
 
