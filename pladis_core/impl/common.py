@@ -15,6 +15,10 @@ import torch
 
 # by how much a buffer shrinks where memory runs out
 SHRINK = 8
+# of kernels that start at the peak: `newton_steps` counts from a start that also knows the mean
+STEPS_FROM_THE_PEAK = 2
+# a sum of rounded weights divides only where rounding cannot make it vanish
+LARGEST_CANCELLATION = 16.0
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -35,6 +39,12 @@ def newton_steps(keys: int, alpha: float, dtype: torch.dtype) -> int:
     steps = 2 + math.ceil(0.6 + 0.75 * (alpha - 1.0) * math.log2(max(keys, 1)))
     # convergence is quadratic: one step more doubles the digits
     return steps + (dtype == torch.float64)
+
+
+def small_b(dtype: torch.dtype) -> float:
+    """Below it, r = 1 + x forgets the digits of x that entmax near softmax needs: what rounds r shows as 1 / b times as
+    much in a weight of `dtype`."""
+    return 0.05 if dtype == torch.float32 else 0.003
 
 
 def unit_keys(

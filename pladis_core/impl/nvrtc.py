@@ -19,7 +19,18 @@ from typing import NamedTuple
 
 import torch
 
-from .common import Mix, additive_mask, chunk_shape, chunks, newton_steps, retried_in_smaller_chunks, stored
+from .common import (
+    LARGEST_CANCELLATION,
+    STEPS_FROM_THE_PEAK,
+    Mix,
+    additive_mask,
+    chunk_shape,
+    chunks,
+    newton_steps,
+    retried_in_smaller_chunks,
+    small_b,
+    stored,
+)
 
 SOURCE = Path(__file__).with_name("rows.cu")
 # scores that a thread holds in its registers: fewer beside masks, which need some too
@@ -34,12 +45,6 @@ THREADS = 128
 LEAST_BUFFER_BYTES, LARGEST_BUFFER_BYTES = 8 << 20, 32 << 20
 # queries of a chunk come in such numbers, as tensor cores like them
 ALIGNMENT = 128
-# below it 1 + x forgets the digits of x that entmax near softmax needs: a rounding of 1 + x is one of b in a weight
-SMALL_B, SMALL_B_LEAN = 0.05, 0.003
-# `newton_steps` counts from a start that also knows the mean
-STEPS_FROM_THE_PEAK = 2
-# a sum of rounded weights divides only where rounding cannot make it vanish
-LARGEST_CANCELLATION = 16.0
 CHECKED_ROWS = 64
 # of the largest value times a rounding
 TOLERANCE = 8.0
@@ -101,8 +106,7 @@ class Variant(NamedTuple):
         while most > lanes * (KEYS_OF_LANE_MASKED if mask or mix else KEYS_OF_LANE):
             lanes *= 2
         # softmax alone is computed as alpha 1.5 in no steps
-        small = SMALL_B if dtype == torch.float32 else SMALL_B_LEAN
-        kind = {1.0: 15, 1.5: 15, 2.0: 20}.get(alpha, 1 if alpha - 1.0 < small else 0)
+        kind = {1.0: 15, 1.5: 15, 2.0: 20}.get(alpha, 1 if alpha - 1.0 < small_b(dtype) else 0)
         return cls(least, most, lanes, kind, WEIGHTS[dtype], mask, mix)
 
     @property

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Mix, newton_steps
+from .common import LARGEST_CANCELLATION, STEPS_FROM_THE_PEAK, Mix, newton_steps, small_b
 from .triton_kernel import (
     INTERPRETED,
     LOG2_E,
@@ -41,12 +41,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_SCORE = 1e30
 # with 16-bit weights, whose scores are centred in one rounding, so do those whose exponents of 2 are beyond this one
 LARGEST_EXPONENT = 2.0**20
-# below it 1 + x forgets the digits of x that entmax near softmax needs: a rounding of 1 + x is one of b in a weight
-SMALL_B, SMALL_B_LEAN = 0.05, 0.003
-# `newton_steps` counts from a start that also knows the mean
-STEPS_FROM_THE_PEAK = 2
-# a sum of rounded weights divides only where rounding cannot make it vanish
-LARGEST_CANCELLATION = 16.0
 # rows and columns that a tile may have past the last one
 MAX_TILE = 512
 # bytes: what Triton asks of an address
@@ -174,7 +168,7 @@ def plan(
         D=width,
         DV=value_width,
         ALPHA=alpha if common else 0,
-        POWER=0 if common else 2 if b < (SMALL_B_LEAN if lean else SMALL_B) else 0 if lean else 1,
+        POWER=0 if common else 2 if b < small_b(dtype) else 0 if lean else 1,
         EXACT=not lean,
         FOLD=folded,
         MASK=0 if mask is None else 1 if mask == torch.bool else 2,
