@@ -216,7 +216,7 @@ def _numbers(
     lean = dtype != torch.float32
     whole, mix = dense + sparse, Mix.of(dense, sparse)
     return tuple({
-        "scale": scale, "b": alpha - 1.0, "steps": steps, "enough": 1e-6 if lean else 1e-7,
+        "scale": scale, "b": alpha - 1.0, "steps": steps, "enough": 1e-6 if lean else 3e-7,
         "dense": mix.dense, "sparse": mix.sparse, "factor": mix.factor,
         "divided": lean and abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole),
     }.items())  # fmt: skip

@@ -215,8 +215,10 @@ extern "C" __global__ void __launch_bounds__(128, 4) pladis_rows(
         total = totals.of_row();
         slope = slopes.of_row();
         step = newton_step(total, slope, s.b);
+        // sparsemax also goes on after a step back by more than a last digit, as in impl/triton_kernel.py
+        const float far = ALPHA == 20 ? fmaxf(step, -3.0f * step) : step;
         // a warp goes on until all its rows are done
-        if (__all_sync(0xffffffffu, !(step > s.enough))) break;
+        if (__all_sync(0xffffffffu, !(far > s.enough))) break;
     }
 
     float surplus = 0.0f;

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_attention import definition
-from test_entmax import clusters, oracle
+from test_entmax import clusters, edges, oracle
 from test_triton import assert_as_good_as_naive, mixed_in_part
 
 from pladis_core import api, pladis_attention
@@ -204,6 +204,15 @@ def test_clusters_where_entmax_prunes(alpha):
             query, key, value = torch.ones(1, 1, 1, 1), row.view(1, 1, 77, 1), torch.eye(77).view(1, 1, 77, 77)
             weights = attend(query, key, value, alpha=alpha, dense=0.0, sparse=1.0)[0, 0, 0]
             assert (weights.double() - oracle(row.double(), alpha)).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("keys", (77, 300))
+@pytest.mark.parametrize("peaks", (1, 5, 17))
+def test_ties_at_the_edge_of_sparsemax_come_in_by_no_more_than_their_weight(peaks, keys):
+    scores = edges(keys, peaks)[::2]
+    query, key, value = scores[None, None], torch.eye(keys)[None, None], torch.eye(keys)[None, None]
+    weights = nvrtc.attend(query, key, value, None, None, 1.0, 2.0, 0.0, 1.0, None, None)[0, 0]
+    assert (weights.double() - oracle(scores, 2.0)).abs().max() <= 4e-6
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
