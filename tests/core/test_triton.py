@@ -193,10 +193,9 @@ def test_finite_inputs_give_finite_outputs(shape, dtype):
     for magnitude in (1e-30, top):
         query, key, value = (t.clamp(-1, 1).mul(min(magnitude, top)).to(dtype) for t in tensors(shape))
         for mask in (None, torch.full((query.shape[2], key.shape[2]), -3e38, device=DEVICE)):
-            for alpha in (1.25, 1.5):
-                for function in (pladis_attention, pladis_correction):
-                    out = function(query, key, value, mask, alpha=alpha, enable_gqa=True, backend="triton")
-                    assert out.isfinite().all(), (magnitude, alpha, function)
+            for alpha, function in ((1.25, pladis_correction), (1.5, pladis_attention)):
+                out = function(query, key, value, mask, alpha=alpha, enable_gqa=True, backend="triton")
+                assert out.isfinite().all(), (magnitude, alpha, function)
 
 
 @pytest.mark.parametrize("shape", ("grouped", "streaming"))
@@ -231,8 +230,8 @@ def test_lambda_zero_and_alpha_one_are_softmax_attention():
 
 
 def test_strided_inputs_in_the_hosts_layout():
-    q, k, v = (torch.randn(2, n, 4 * 16, device=DEVICE) for n in (60, 77, 77))
-    strided = [t.unflatten(-1, (4, 16)).transpose(1, 2) for t in (q, k, v)]
+    q, k, v = (torch.randn(2, n, 2 * 16, device=DEVICE) for n in (20, 77, 77))
+    strided = [t.unflatten(-1, (2, 16)).transpose(1, 2) for t in (q, k, v)]
     expanded = [t[:1].expand(2, -1, -1, -1) for t in strided]
     reversed_width = [t.flip(-1).mT.contiguous().mT for t in strided]
     for case in (strided, expanded, reversed_width):
