@@ -446,7 +446,8 @@ def test_few_passes_solve_long_rows(monkeypatch, keys, std, kind, dtype, alpha, 
     expected = definition(query, key, value, alpha=alpha)
     error -= expected
     if dtype == torch.float32:
-        assert error.abs().max() <= 2e-6
+        # the scores are rounded
+        assert error.abs().max() <= 5e-6
     else:
         rounding = expected.to(dtype).double() - expected
         # weights are rounded, too
