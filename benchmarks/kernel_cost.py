@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -67,6 +68,7 @@ PROBLEMS = {
     (333, 88): (32, 4096),
     (512, 128): (24, 4096),
     (512, 256): (10, 4096),
+    (1000, 128): (24, 4096),
     (1024, 64): (32, 8192),
     (1024, 128): (24, 4096),
 }
@@ -115,13 +117,15 @@ def cases() -> list[Case]:
         for shape in PROBLEMS
         if gpu.backend == "cuda" or not spills_on_amd(*shape, torch.bfloat16, gpu.warp)
     ]
-    rows += [Case("sm_90", *shape, alpha=alpha) for shape in ((77, 64), (512, 128)) for alpha in (2.0, 1.25, 1.75)]
+    shapes = ((77, 64), (512, 128), (1024, 128))
+    rows += [Case("sm_90", *shape, alpha=alpha) for shape in shapes for alpha in (2.0, 1.25, 1.75)]
     rows += [Case("sm_90", 77, 64, alpha=1.02), Case("sm_90", 1024, 64, alpha=2.0), Case("sm_90", 77, 64, "fp16")]
     rows += [Case(target, 77, 64, "fp32") for target in ("sm_80", "sm_90", "gfx1100")]
     rows += [Case(target, 256, 128, "fp32") for target in ("sm_80", "sm_90")]
     rows += [Case("sm_90", *shape, "fp32", alpha=2.0) for shape in ((77, 64), (256, 128))]
     rows += [Case("sm_90", 77, 64, mask=mask) for mask in ("bool", "add")]
-    return rows + [Case("sm_90", 77, 64, mix=True), Case("sm_90", 512, 128, mass=2), Case("sm_90", 512, 128, mix=True)]
+    rows += [Case("sm_90", 1024, 128, mask="bool"), Case("sm_90", 77, 64, mix=True)]
+    return rows + [Case("sm_90", *shape, **extra) for shape in shapes[1:] for extra in ({"mass": 2}, {"mix": True})]
 
 
 def compiled(case: Case):
@@ -149,7 +153,7 @@ def compiled(case: Case):
         for name in ("Q", "K", "V", "Mask", "Mix", "Mass", "Out")
     }
     types |= {"sizes": backend.Sizes("i32", "i32", "1"), "scale": backend.Scale(*["fp32"] * 4)}
-    types |= {"solver": backend.Solver("i32", *["fp32"] * 3), "weights": backend.Weights(*["fp32"] * 4)}
+    types |= {"solver": backend.Solver("i32", *["fp32"] * 4), "weights": backend.Weights(*["fp32"] * 4)}
     types |= zip(("HOW", "TILE"), plan.constants, strict=True)
     source = ASTSource(plan.kernel, *specialised(types))
     with tempfile.TemporaryDirectory() as folder:
@@ -187,12 +191,15 @@ def measure(case: Case, sigma: float = 1.0) -> Row:
     result, plan, seconds = compiled(case)
     gpu, tile = GPUS[case.target], plan.tile
     tiles = -(-case.keys // tile.BLOCK_K)
-    steps = solver_steps(case.keys, case.alpha, tile.BLOCK_Q, plan.solver.enough, plan.solver.steps, sigma)
+    resident = tile.N > 0
+    steps = solver_steps(
+        case.keys, case.alpha, tile.BLOCK_Q, plan.solver.enough, plan.solver.steps, sigma,
+        0 if resident else tile.BLOCK_K, case.dtype == "fp32",
+    )  # fmt: skip
     if gpu.backend == "cuda":
         code, registers, spilled = nvidia_code(result.asm["cubin"])
     else:
         code, registers, spilled = amd_code(result.asm["amdgcn"])
-    resident = tile.N > 0
     inner = -(-case.width // tile.BLOCK_D) if resident else tiles
     # the resident kernel's first step stands before the loop
     executed = weighted(code, steps - resident, inner)
@@ -212,21 +219,88 @@ def measure(case: Case, sigma: float = 1.0) -> Row:
 
 
 @lru_cache
-def solver_steps(keys: int, alpha: float, block_q: int, enough: float, most: int, sigma: float) -> float:
-    """Steps of the kernel's solver until the slowest row of a tile is done: the mean over tiles of Gaussian scores."""
-    b = alpha - 1.0
+def solver_steps(
+    keys: int, alpha: float, block_q: int, enough: float, most: int, sigma: float, block_k: int = 0, exact: bool = False
+) -> float:
+    """Steps of the kernel's solver until the slowest row of a tile is done: the mean over tiles of Gaussian scores.
+
+    block_k: of the streaming form, whose start is what its first pass makes of tiles of so many keys.
+    """
     scores = torch.randn(SAMPLE_ROWS, keys, generator=torch.Generator().manual_seed(0)) * sigma
-    scores -= scores.amax(1, keepdim=True)
-    u = torch.zeros(SAMPLE_ROWS, 1)
-    taken = torch.full((SAMPLE_ROWS,), float(most))
+    steps = streaming_steps if block_k else resident_steps
+    taken = steps(scores, alpha, block_q, enough, most, *((block_k, exact) if block_k else ()))
+    return float(taken.float().mean())
+
+
+def resident_steps(scores: torch.Tensor, alpha: float, block_q: int, enough: float, most: int) -> torch.Tensor:
+    """(tiles,) of scores (rows, keys): steps that the resident form takes, as `impl/triton_kernel.py` has it."""
+    b = alpha - 1.0
+    scores = scores - scores.amax(1, keepdim=True)
+    u = torch.zeros(len(scores), 1)
+    taken = torch.full((len(scores),), most)
     for done in range(1, most + 1):
-        r = (1.0 + b * (scores - u)).clamp(0.0, 1.0)
-        slopes = (r > 0).float() if alpha == 2.0 else r ** (1.0 / b - 1.0)
-        total, slope = (r * slopes).sum(1, keepdim=True), slopes.sum(1, keepdim=True)
+        total, slope = _sums(scores, u, b)
         step = -torch.expm1(-b * total.log()) * total / (b * slope)
         taken[(step[:, 0] <= enough) & (taken == most)] = done
         u += step.clamp(min=0.0)
-    return float(taken.view(-1, block_q).amax(1).mean())
+        if (taken < most).all():
+            break
+    return taken.view(-1, block_q).amax(1)
+
+
+def streaming_steps(
+    scores: torch.Tensor, alpha: float, block_q: int, enough: float, most: int, block_k: int, exact: bool
+) -> torch.Tensor:
+    """The same of the streaming form: `_started` and the loop of `streaming_kernel`. exact: of float32."""
+    b = alpha - 1.0
+    u = torch.zeros(len(scores), 1)
+    fall, peak = torch.ones_like(u), torch.full_like(u, -1e30)
+    for tile in scores.split(block_k, 1):
+        higher = torch.maximum(peak, tile.amax(1, keepdim=True))
+        u -= higher - peak
+        near = (1.0 - 0.25 * fall * (-u).clamp(min=0.0)).clamp(min=0.0)
+        u, peak = u.clamp(min=0.0), higher
+        total, slope = _sums(tile - peak, u, b)
+        total, slope = total + near**4, slope + near**3 * fall
+        root = total ** (-0.5 * b)
+        u += 2.0 / b * total / slope * (1.0 - root)
+        fall = slope / (total * root)
+    farthest = -math.expm1(-b * math.log(scores.shape[1])) / b
+    u = u.clamp(max=farthest)
+    norm, pace, before = u + 1e30, u * 0.0, u + 1e30
+    left = torch.ones(len(scores) // block_q, dtype=torch.bool)
+    taken = torch.zeros(len(left), dtype=torch.long)
+    for done in range(most):
+        total, slope = _sums(scores - peak, u, b)
+        norm_before, pace_before, norm = norm, pace, total**b
+        pace = total / (norm * b * slope)
+        step = (norm - 1.0) * pace
+        bent = not exact and alpha != 2.0
+        if bent:
+            apart = norm - norm_before
+            apart = torch.where(apart.abs() > 1e-6, apart, 1e30)
+            bend = 0.5 * (norm - 1.0) ** 2 * (pace_before - pace) / apart
+            step = step + bend.maximum(-0.5 * step.abs()).minimum(step.abs())
+        elif done:
+            step = step.clamp(min=-1.2e-7)
+        step = step.maximum(-u).minimum(farthest - u)
+        far = step.maximum(-3.0 * step)
+        if bent:
+            far = far.minimum(step * step * before * (enough / 2e-5))
+            before = step.abs()
+        u = u + step
+        taken += left
+        left &= (far > enough).view(-1, block_q).any(1)
+        if not left.any():
+            break
+    return taken
+
+
+def _sums(scores: torch.Tensor, u: torch.Tensor, b: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, 1): of r^p and of r^(p - 1)."""
+    r = (1.0 + b * (scores - u)).clamp(0.0, 1.0)
+    slopes = (r > 0).float() if b == 1.0 else r ** (1.0 / b - 1.0)
+    return (r * slopes).sum(1, keepdim=True), slopes.sum(1, keepdim=True)
 
 
 Code = list[tuple[int, str, "int | None"]]

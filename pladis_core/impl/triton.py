@@ -9,6 +9,7 @@ Runs where Triton does: NVIDIA, AMD and Intel GPUs, and on the CPU in Triton's i
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -149,7 +150,9 @@ def plan(
     capability as two digits, 0 where it is not NVIDIA's; wave: the lanes of an AMD warp, or 0; wide: offsets within a
     head exceed 32 bits.
     """
-    steps, start = newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK, 0.0
+    resident = is_resident(keys, dtype)
+    # the streaming form's first step may lead back, from right of the root
+    steps, start = newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK + (not resident), 0.0
     if alpha == 1.0 or sparse == 0.0:
         # softmax alone: no steps from where every entmax weight is 0
         alpha, dense, sparse, mix, steps, start = 1.5, dense + sparse, 0.0, False, 0, 2.0
@@ -162,7 +165,6 @@ def plan(
     limit = min(LARGEST_SCORE, LARGEST_EXPONENT / gain) if lean else LARGEST_SCORE
     mask_min = 0.0 if mask in (None, torch.bool) else torch.finfo(mask).min
     common = alpha in (1.5, 2.0)
-    resident = is_resident(keys, dtype)
     tile, warps = configuration(queries, keys, max(width, value_width), dtype, wave)
     how = How(
         D=width,
@@ -180,11 +182,12 @@ def plan(
         NORMALISE=lean and abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole),
         PTX=ptx,
         WIDE=wide,
+        WHOLE=keys % tile.BLOCK_K == 0,
     )
     return Plan(
         resident_kernel if resident else streaming_kernel,
         Scale(scale, gain, limit, mask_min),
-        Solver(steps, start, b, enough(alpha, keys, dtype)),
+        Solver(steps, start, -math.expm1(-b * math.log(keys)) / b, b, enough(alpha, keys, dtype)),
         Weights(weights.dense, weights.sparse, weights.factor, torch.finfo(dtype).max),
         tile,
         (How(*map(tl.constexpr, how)), Tile(*map(tl.constexpr, tile))),

@@ -2,13 +2,15 @@
 
 A program owns a tile of queries of one head. In the resident form all scores of the tile stay in registers; in the
 streaming form they are recomputed tile by tile, once per step of the solver. The threshold is solved by Newton's method
-on the p-norm, as in `impl/eager.py`, from the left of the root, until no row of the tile moves by more than `enough`
-or `steps` are done. Nothing is read back by the host.
+on the p-norm, as in `impl/eager.py`, until no row of the tile moves by more than `enough` or `steps` are done. Nothing
+is read back by the host.
 
 With b = alpha - 1, p = 1 / b, scores c <= 0 whose maximum is 0, and r_i = [1 + b (c_i - u)]_+, entmax is r^p for the u
 at which sum r^p = 1. As u >= 0, r never exceeds 1: saturation, which GPUs give with a product and sum, is all that
-keeps it in range. The start is u = 0, where the first step is exact for equal scores, and for alpha 2 counts the keys
-within p of the maximum.
+keeps it in range. The resident form starts left of the root, at u = 0, where the first step is exact for equal scores,
+and for alpha 2 counts the keys within p of the maximum. A step of the streaming form costs a pass over the keys: it
+starts near the root, at a guess that its first pass makes from tile to tile, and 16-bit weights below alpha 2 take the
+bend between two passes into the step, which leaves an error of third order. That is two passes at alpha 1.5.
 
 What a score costs decides: tensor cores wait for the instructions that centre, saturate and sum. So c is kept as an
 exponent of 2, without a mask the softmax scale is a factor of the constants that multiply a score anyway, and nothing
@@ -33,6 +35,8 @@ FAR = tl.constexpr(120.0)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
+# by how much a step goes back where it does so by rounding
+ROUNDING = tl.constexpr(1.2e-7)
 
 
 class Tensor(NamedTuple):
@@ -64,7 +68,8 @@ class Solver(NamedTuple):
     """Newton's method, whose p is 1 / b."""
 
     steps: Any  # at most
-    start: Any  # u
+    start: Any  # u, at least
+    most: Any  # u of equal scores, beyond which no root lies
     b: Any  # alpha - 1
     enough: Any  # a step below it is the last
 
@@ -96,6 +101,7 @@ class How(NamedTuple):
     NORMALISE: bool  # divide by the sum of the rounded weights
     PTX: int  # NVIDIA's compute capability as two digits, or 0
     WIDE: bool  # offsets exceed 32 bits
+    WHOLE: bool  # the last tile of keys is full: only the streaming form asks
 
 
 class Tile(NamedTuple):
@@ -342,27 +348,34 @@ def _terms(c, u, b, part, HOW):
 
 
 @triton.jit
-def _newton_step(total, slope, b, HOW):
-    """How far u moves: (1 - total^-b) total / (b slope), Newton on the p-norm. About 0 where every key is masked."""
+def _newton_step(total, slope, back, b, HOW):
+    """How far u moves: (1 - total^-b) total / (b slope), Newton on the p-norm. About 0 where every key is masked.
+
+    back: how far at most, where that is not by rounding alone (impl/eager.py). A general alpha asks for no bound.
+    """
     slope = tl.maximum(slope, 1e-30)
-    # back by rounding alone: impl/eager.py
     if HOW.ALPHA == 1.5:
         norm = _sqrt(total, HOW.PTX)
-        return tl.maximum(_over(2.0 * (norm - 1.0) * norm, slope, HOW.PTX), -1.2e-7)
+        return tl.maximum(_over(2.0 * (norm - 1.0) * norm, slope, HOW.PTX), -back)
     if HOW.ALPHA == 2:
-        return tl.maximum(_over(total - 1.0, slope, HOW.PTX), -1.2e-7)
+        return tl.maximum(_over(total - 1.0, slope, HOW.PTX), -back)
     total = tl.maximum(total, 1e-30)
     return -_expm1(-b * tl.log(total)) * total / (b * slope)
 
 
 @triton.jit
-def _steps_left(step, left, solver, HOW):
-    """One fewer, and none where no row of the tile moves by more than `enough`.
+def _far(step, HOW):
+    """What a step is to `enough`.
 
     Exact sparsemax also goes on after a step back by more than a last digit: where the first sums, large and rounded,
     led so far right of the root that a cluster of keys dropped out, it takes another step to count them.
     """
-    far = tl.maximum(step, -3.0 * step) if HOW.EXACT and HOW.ALPHA == 2 else step
+    return tl.maximum(step, -3.0 * step) if HOW.EXACT and HOW.ALPHA == 2 else step
+
+
+@triton.jit
+def _steps_left(far, left, solver):
+    """One fewer, and none where no row of the tile moves by more than `enough`."""
     return tl.where(tl.max(far, 0) > solver.enough, left - 1, 0)
 
 
@@ -584,13 +597,13 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
     u = tl.full((TILE.BLOCK_Q,), 1.0, tl.float32) * solver.start  # (BLOCK_Q,), as total, slope and step
     # nobody is done after the first step
     total, slope = _row_moments(c, u, b, part, HOW, TILE)
-    step = _newton_step(total, slope, b, HOW)
+    step = _newton_step(total, slope, ROUNDING, b, HOW)
     left = solver.steps
     while left > 0:
         u += step
         total, slope = _row_moments(c, u, b, part, HOW, TILE)
-        step = _newton_step(total, slope, b, HOW)
-        left = _steps_left(step, left, solver, HOW)
+        step = _newton_step(total, slope, ROUNDING, b, HOW)
+        left = _steps_left(_far(step, HOW), left, solver)
 
     # softmax is centred on the maximum of all keys
     rise = (centre - peak) * scale.gain
@@ -625,18 +638,73 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
 
 
 @triton.jit
+def _clamped(cols, sizes, HOW):
+    """Keys of which none is past the last one, which takes their place: less than to ask for each load."""
+    return cols if HOW.WHOLE else tl.minimum(cols, sizes.keys - 1)
+
+
+@triton.jit
 def _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, HOW, TILE):
     """(BLOCK_Q, BLOCK_K) scores against the keys from `first` on, and (1, BLOCK_K) which of these are mixed."""
     cols = _range(first, TILE.BLOCK_K, HOW)
-    k = _keys(K, cols, tl.arange(0, TILE.BLOCK_D), sizes, False, HOW)  # (BLOCK_D, BLOCK_K)
+    k = _keys(K, _clamped(cols, sizes, HOW), tl.arange(0, TILE.BLOCK_D), sizes, True, HOW)  # (BLOCK_D, BLOCK_K)
     s = _dot(q, k, tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_K), tl.float32))
     part = _part(Mix, cols, sizes) if HOW.MIX else (cols < sizes.keys)[None, :]
-    return _finished_scores(s, Mask, rows, cols, sizes, scale, False, HOW), part
+    return _finished_scores(s, Mask, rows, cols, sizes, scale, HOW.WHOLE, HOW), part
+
+
+@triton.jit
+def _started(c, u, fall, rise, b, part, HOW):
+    """(BLOCK_Q,): a guess at u for all keys so far, this tile's among them, and how steeply their p-norm falls there.
+
+    rise: of the maximum, on which c is centred. Of earlier tiles no more is kept than that their p-norm is 1 at u and
+    falls by `fall` over b u. Between two tiles it is taken for the square of a linear function, which keys spread
+    evenly about the threshold make of it; the norm is convex, so that a linear function alone would stay below. Neither
+    guess is a bound.
+    """
+    u -= rise
+    near = tl.maximum(1.0 - 0.25 * fall * tl.maximum(-u, 0.0), 0.0)
+    u = tl.maximum(u, 0.0)
+    totals, slopes = _terms(c, u, b, part, HOW)
+    total, slope = _two_sums(totals, slopes)
+    # the maximum, or what is near 1 of earlier keys, makes it 1 at least
+    total += near * near * near * near
+    slope += near * near * near * fall
+    root = _log2(total, HOW.PTX) * (-0.5 * b)
+    ratio = _over(total, slope, HOW.PTX)
+    if HOW.POWER == 2:
+        lower = -_expm1(root * LN_2)
+        return u + (2.0 / b) * ratio * lower, _over(1.0, ratio * (1.0 - lower), HOW.PTX)
+    root = _exp2(root, HOW.PTX)
+    return u + (2.0 / b) * ratio * (1.0 - root), _over(1.0, ratio * root, HOW.PTX)
+
+
+@triton.jit
+def _norm(total, slope, b, HOW):
+    """(BLOCK_Q,): the p-norm of r, and how far u moves for 1 of it."""
+    slope = tl.maximum(slope, 1e-30)
+    if HOW.ALPHA == 1.5:
+        norm = _sqrt(total, HOW.PTX)
+        return norm, _over(2.0 * norm, slope, HOW.PTX)
+    exponent = _log2(tl.maximum(total, 1e-30), HOW.PTX)
+    return _exp2(b * exponent, HOW.PTX), _over(_exp2((1.0 - b) * exponent, HOW.PTX), b * slope, HOW.PTX)
+
+
+@triton.jit
+def _bent_step(norm, pace, norm_before, pace_before):
+    """Newton's step on the p-norm, and what the bend between this pass and the one before adds to it."""
+    step = (norm - 1.0) * pace
+    apart = norm - norm_before
+    apart = tl.where(tl.abs(apart) > 1e-6, apart, 1e30)
+    bend = 0.5 * (norm - 1.0) * (norm - 1.0) * (pace_before - pace) / apart
+    return step + tl.minimum(tl.maximum(bend, -0.5 * tl.abs(step)), tl.abs(step))
 
 
 @triton.jit
 def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights, HOW, TILE):
-    """Any number of keys, BLOCK_K at a time: a pass for maximum and softmax sum, one a step, one for V."""
+    """Any number of keys, BLOCK_K at a time: a pass for maximum, softmax sum and a start of the solver, one a step, and
+    one for V.
+    """
     rows, Q, K, V, Mask, Mix, Mass, Out = _placed(Q, K, V, Mask, Mix, Mass, Out, sizes, HOW, TILE)
     dims = tl.arange(0, TILE.BLOCK_D)  # (BLOCK_D,)
     b, gain = solver.b, scale.gain
@@ -647,21 +715,34 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
     centre = peak
     dense_sum = tl.zeros((TILE.BLOCK_Q,), tl.float32)
     part_sum = dense_sum
+    # as if there were one key, at that maximum
+    u, fall = dense_sum, dense_sum + 1.0
     for first in range(0, sizes.keys, TILE.BLOCK_K):
         s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, HOW, TILE)
         higher = tl.maximum(peak, tl.max(s, 1))
-        p = _exp2(_centred(s, higher, gain, HOW.EXACT), HOW.PTX)  # (BLOCK_Q, BLOCK_K)
+        c = _centred(s, higher, gain, HOW.EXACT)  # (BLOCK_Q, BLOCK_K)
+        p = _exp2(c, HOW.PTX)
         fewer = _exp2((peak - higher) * gain, HOW.PTX)
         dense_sum = dense_sum * fewer + tl.sum(p, 1)
+        rise = higher - peak
         if HOW.MIX:
             part_sum = part_sum * fewer + tl.sum(tl.where(part, p, 0.0), 1)
-            centre = tl.maximum(centre, tl.max(tl.where(part, s, -float("inf")), 1))
+            highest = tl.maximum(centre, tl.max(tl.where(part, s, -float("inf")), 1))
+            c = _centred(s, highest, gain, HOW.EXACT)
+            rise = highest - centre
+            centre = highest
+        u, fall = _started(c, u, fall, rise * (gain * LN_2), b, part, HOW)
         peak = higher
     centre = _centre(centre, peak, gain, HOW.MIX)
     part_sum = part_sum if HOW.MIX else dense_sum
 
-    u = tl.full((TILE.BLOCK_Q,), 1.0, tl.float32) * solver.start
+    # from a guess right of the root the first step leads back to the left of it; from there on Newton's go back by
+    # rounding alone, bent ones by what they went too far
+    # Triton 3.3 takes no more than two operands
+    BENT: tl.constexpr = (not HOW.EXACT and HOW.ALPHA != 2) and HOW.POWER != 2
+    u = tl.maximum(tl.minimum(u, solver.most), solver.start)
     step, total, slope = u * 0.0, u, u
+    norm, pace, before, back = step + 1e30, step, step + 1e30, solver.most
     left = solver.steps
     while left > 0:
         u += step
@@ -673,8 +754,20 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
             totals += more_totals
             slopes += more_slopes
         total, slope = _two_sums(totals, slopes)
-        step = _newton_step(total, slope, b, HOW)
-        left = _steps_left(step, left, solver, HOW)
+        if BENT:
+            norm_before, pace_before = norm, pace
+            norm, pace = _norm(total, slope, b, HOW)
+            step = _bent_step(norm, pace, norm_before, pace_before)
+        else:
+            step = _newton_step(total, slope, back, b, HOW)
+        step = tl.minimum(tl.maximum(step, -u), solver.most - u)
+        far = tl.maximum(step, -3.0 * step)
+        if BENT:
+            # what is left after a bent step is of third order
+            far = tl.minimum(far, step * step * before * (solver.enough / 2e-5))
+            before = tl.abs(step)
+        left = _steps_left(far, left, solver)
+        back = tl.minimum(back, ROUNDING)
 
     # the sum of float32 weights would be one more pass. So they miss 1 by what each may be off, sparsemax's `_surplus`
     # among it: a rounding of the threshold, 1.2e-7 at most, for every tie at the edge of the support
@@ -687,7 +780,8 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
         c = _centred(s, centre, gain, HOW.EXACT)
         w = _mixed(_entmax(c, found, b, part, HOW), c, part, shares, weights, HOW)
         w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
-        v = _values(V, _range(first, TILE.BLOCK_K, HOW), dims, sizes, False, HOW)  # (BLOCK_K, BLOCK_D)
+        own = _clamped(_range(first, TILE.BLOCK_K, HOW), sizes, HOW)
+        v = _values(V, own, dims, sizes, True, HOW)  # (BLOCK_K, BLOCK_D)
         out = _dot(w, v, out)
     factor = _row_factor(Mass, rows, peak * (gain * LN_2), dense_sum, weight_sums, sizes, weights, HOW)
     _store(Out, rows, (out,), factor, sizes, weights, HOW, TILE.BLOCK_D)

@@ -410,6 +410,49 @@ def attend(query, key, value, mask=None, part=None, alpha=1.5, dense=-1.0, spars
     return triton_backend.attend(query, key, value, mask, part, scale, alpha, dense, sparse, mass, row_lse)
 
 
+def long_rows(keys, std, kind, dtype):
+    """Random queries and keys, whose scores spread by `std`; a few keys that count double, or one far above all."""
+    query, key, value = (torch.randn(1, 1, rows, 32, device=DEVICE) for rows in (16, keys, keys))
+    query *= std
+    if kind == "peaks":
+        key[:, :, torch.randint(keys, (5,), device=DEVICE)] *= 2.0
+    elif kind == "sink":
+        query[..., 0], key[..., 0], key[:, :, 0, 0] = 1.0, 0.0, 4.0 * std * 32**0.5
+    return [t.to(dtype) for t in (query, key, value)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "std", "kind", "dtype", "alpha", "passes"),
+    [
+        (600, 1.0, "plain", torch.float16, 1.5, 2), (1000, 2.0, "sink", torch.float16, 1.5, 2),
+        (1024, 1.0, "plain", torch.float16, 1.25, 2), (1024, 2.0, "plain", torch.float16, 1.75, 3),
+        (2048, 4.0, "peaks", torch.float16, 1.5, 2), (4096, 1.0, "sink", torch.float16, 1.5, 2),
+        (1000, 1.0, "plain", torch.float32, 1.5, 4), (1024, 1.0, "peaks", torch.float32, 1.25, 3),
+        (600, 1.0, "plain", torch.float32, 2.0, 4),
+    ],
+)  # fmt: skip
+def test_few_passes_solve_long_rows(monkeypatch, keys, std, kind, dtype, alpha, passes):
+    """With no more than `passes` for the solver, where steps from the maximum would leave errors of 1e-2 and more."""
+    query, key, value = long_rows(keys, std, kind, dtype)
+    plan = triton_backend.plan.__wrapped__
+
+    def capped(*args):
+        chosen = plan(*args)
+        return chosen._replace(solver=chosen.solver._replace(steps=passes))
+
+    monkeypatch.setattr(triton_backend, "plan", capped)
+    error = pladis_attention(query, key, value, alpha=alpha, backend="triton").double()
+    expected = definition(query, key, value, alpha=alpha)
+    error -= expected
+    if dtype == torch.float32:
+        # the scores are rounded
+        assert error.abs().max() <= 5e-6
+    else:
+        rounding = expected.to(dtype).double() - expected
+        # weights are rounded, too
+        assert error.square().mean() <= 1.4**2 * rounding.square().mean()
+
+
 @pytest.mark.parametrize("dense", (-1.0, -2.0), ids=("attention", "correction"))
 @pytest.mark.parametrize(
     ("shape", "dtype", "alpha", "masked"),
