@@ -1,4 +1,5 @@
-"""Time and memory of PLADIS attention against torch's softmax attention, the named baseline of every ratio.
+"""Time and memory of PLADIS attention against torch's softmax attention, the named baseline of every ratio; on a CPU,
+or roughly on a GPU, whose kernels are shorter than the Python that starts them: `benchmarks/gpu.py` times these.
 
 Candidates: our fused kernel (`triton`, where it runs), `eager` (on a CPU with GCC the loop in C++, else as the next),
 `portable` PyTorch, the `reference` on the `entmax` package (exact at alpha 1.5 and 2), the same formula on the

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -66,15 +68,12 @@ PROBLEMS = {
     (333, 88): (32, 4096),
     (512, 128): (24, 4096),
     (512, 256): (10, 4096),
+    (1000, 128): (24, 4096),
     (1024, 64): (32, 8192),
     (1024, 128): (24, 4096),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MATRIX = re.compile(r"HMMA|HGMMA|UTCHMMA|v_mfma|v_wmma|v_smfma")
-POINTERS = {"Q", "K", "V", "Mask", "Mix", "Mass", "Out"}
-INTEGERS = {"n_queries", "n_keys", "steps"}
-# widths are contiguous and every query head has its key head, as in the host's models; Triton specialises on 1
-ONES = {"groups", "stride_qd", "stride_kd", "stride_vd", "stride_mk", "stride_xk"}
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,15 @@ def cases() -> list[Case]:
         for shape in PROBLEMS
         if gpu.backend == "cuda" or not spills_on_amd(*shape, torch.bfloat16, gpu.warp)
     ]
-    rows += [Case("sm_90", *shape, alpha=alpha) for shape in ((77, 64), (512, 128)) for alpha in (2.0, 1.25, 1.75)]
+    shapes = ((77, 64), (512, 128), (1024, 128))
+    rows += [Case("sm_90", *shape, alpha=alpha) for shape in shapes for alpha in (2.0, 1.25, 1.75)]
     rows += [Case("sm_90", 77, 64, alpha=1.02), Case("sm_90", 1024, 64, alpha=2.0), Case("sm_90", 77, 64, "fp16")]
     rows += [Case(target, 77, 64, "fp32") for target in ("sm_80", "sm_90", "gfx1100")]
     rows += [Case(target, 256, 128, "fp32") for target in ("sm_80", "sm_90")]
+    rows += [Case("sm_90", *shape, "fp32", alpha=2.0) for shape in ((77, 64), (256, 128))]
     rows += [Case("sm_90", 77, 64, mask=mask) for mask in ("bool", "add")]
-    return rows + [Case("sm_90", 77, 64, mix=True), Case("sm_90", 512, 128, mass=2), Case("sm_90", 512, 128, mix=True)]
+    rows += [Case("sm_90", 1024, 128, mask="bool"), Case("sm_90", 77, 64, mix=True)]
+    return rows + [Case("sm_90", *shape, **extra) for shape in shapes[1:] for extra in ({"mass": 2}, {"mix": True})]
 
 
 def compiled(case: Case):
@@ -144,23 +146,21 @@ def compiled(case: Case):
         case.width**-0.5, case.alpha, -2.0 if case.mass else -1.0, 2.0, mask, case.mix, case.mass,
         gpu.arch if gpu.backend == "cuda" else 0, gpu.warp if gpu.backend == "hip" else 0, False,
     )  # fmt: skip
-    names = plan.kernel.arg_names
-    options = {name: value for name, value in plan.constants.items() if name not in names}
-    constants = dict.fromkeys(ONES, 1) | {name: value for name, value in plan.constants.items() if name in names}
-    types = {name: f"*{case.dtype}" if name in POINTERS else "i32" if name in INTEGERS else "fp32" for name in names}
-    types |= {"Mix": "*i1", "Mask": "*i1" if case.mask == "bool" else f"*{case.dtype}"}
-    types |= {name: "i32" for name in names if name.startswith("stride")} | dict.fromkeys(constants, "constexpr")
-    attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(names)
-        if name not in constants and (name in POINTERS or name.startswith("stride"))
+    kinds = {"Mix": "i1", "Mask": "i1" if case.mask == "bool" else case.dtype}
+    types: dict[str, tuple] = {
+        # widths are contiguous and every query head has its key head, as in the host's models
+        name: backend.Tensor(f"*{kinds.get(name, case.dtype)}:16", "i32:16", "i32:16", "i32:16", "1")
+        for name in ("Q", "K", "V", "Mask", "Mix", "Mass", "Out")
     }
-    source = ASTSource(plan.kernel, {name: types[name] for name in names}, constants, attributes)
+    types |= {"sizes": backend.Sizes("i32", "i32", "1"), "scale": backend.Scale(*["fp32"] * 4)}
+    types |= {"solver": backend.Solver("i32", *["fp32"] * 4), "weights": backend.Weights(*["fp32"] * 4)}
+    types |= zip(("HOW", "TILE"), plan.constants, strict=True)
+    source = ASTSource(plan.kernel, *specialised(types))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         # of this process and of the assembler that it starts
         before = os.times()
-        result = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=options)
+        result = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=dict(plan.options))
         after = os.times()
     seconds = sum(
         getattr(after, f) - getattr(before, f) for f in ("user", "system", "children_user", "children_system")
@@ -168,23 +168,45 @@ def compiled(case: Case):
     return result, plan, seconds
 
 
+def specialised(types: Mapping[str, tuple]) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes of arguments in groups, as Triton makes them of a call. "i32:16" is a
+    multiple of 16; "1" an integer that is 1, which becomes a constant.
+    """
+    signature, constants, attributes = {}, {}, {}
+    for place, (name, group) in enumerate(types.items()):
+        found = []
+        for member, kind in enumerate(group):
+            if not isinstance(kind, str) or kind == "1":
+                constants[place, member] = 1 if kind == "1" else kind.value
+                kind = "constexpr"
+            kind, _, factor = kind.partition(":")
+            if factor:
+                attributes[place, member] = [["tt.divisibility", int(factor)]]
+            found.append(kind)
+        signature[name] = type(group)(*found)
+    return signature, constants, attributes
+
+
 def measure(case: Case, sigma: float = 1.0) -> Row:
     result, plan, seconds = compiled(case)
-    gpu, config = GPUS[case.target], plan.constants
-    tiles = -(-case.keys // config["BLOCK_K"])
-    steps = solver_steps(case.keys, case.alpha, config["BLOCK_Q"], plan.numbers[6], plan.numbers[0], sigma)
+    gpu, tile = GPUS[case.target], plan.tile
+    tiles = -(-case.keys // tile.BLOCK_K)
+    resident = tile.N > 0
+    steps = solver_steps(
+        case.keys, case.alpha, tile.BLOCK_Q, plan.solver.enough, plan.solver.steps, sigma,
+        0 if resident else tile.BLOCK_K, case.dtype == "fp32",
+    )  # fmt: skip
     if gpu.backend == "cuda":
         code, registers, spilled = nvidia_code(result.asm["cubin"])
     else:
         code, registers, spilled = amd_code(result.asm["amdgcn"])
-    resident = "N" in config
-    inner = -(-case.width // config["BLOCK_D"]) if resident else tiles
+    inner = -(-case.width // tile.BLOCK_D) if resident else tiles
     # the resident kernel's first step stands before the loop
     executed = weighted(code, steps - resident, inner)
     warps = result.metadata.num_warps
-    scores = config["BLOCK_Q"] * tiles * config["BLOCK_K"] / warps / gpu.warp
+    scores = tile.BLOCK_Q * tiles * tile.BLOCK_K / warps / gpu.warp
     heads, queries = PROBLEMS[case.keys, case.width]
-    programs = heads * -(-queries // config["BLOCK_Q"])
+    programs = heads * -(-queries // tile.BLOCK_Q)
     size = DTYPES[case.dtype].itemsize
     read = 2 * heads * (queries + case.keys) * case.width * size
     flops = 4 * heads * queries * case.keys * case.width
@@ -197,40 +219,109 @@ def measure(case: Case, sigma: float = 1.0) -> Row:
 
 
 @lru_cache
-def solver_steps(keys: int, alpha: float, block_q: int, enough: float, most: int, sigma: float) -> float:
-    """Steps of the kernel's solver until the slowest row of a tile is done: the mean over tiles of Gaussian scores."""
-    b = alpha - 1.0
+def solver_steps(
+    keys: int, alpha: float, block_q: int, enough: float, most: int, sigma: float, block_k: int = 0, exact: bool = False
+) -> float:
+    """Steps of the kernel's solver until the slowest row of a tile is done: the mean over tiles of Gaussian scores.
+
+    block_k: of the streaming form, whose start is what its first pass makes of tiles of so many keys.
+    """
     scores = torch.randn(SAMPLE_ROWS, keys, generator=torch.Generator().manual_seed(0)) * sigma
-    scores -= scores.amax(1, keepdim=True)
-    u = torch.zeros(SAMPLE_ROWS, 1)
-    taken = torch.full((SAMPLE_ROWS,), float(most))
+    steps = streaming_steps if block_k else resident_steps
+    taken = steps(scores, alpha, block_q, enough, most, *((block_k, exact) if block_k else ()))
+    return float(taken.float().mean())
+
+
+def resident_steps(scores: torch.Tensor, alpha: float, block_q: int, enough: float, most: int) -> torch.Tensor:
+    """(tiles,) of scores (rows, keys): steps that the resident form takes, as `impl/triton_kernel.py` has it."""
+    b = alpha - 1.0
+    scores = scores - scores.amax(1, keepdim=True)
+    u = torch.zeros(len(scores), 1)
+    taken = torch.full((len(scores),), most)
     for done in range(1, most + 1):
-        r = (1.0 + b * (scores - u)).clamp(0.0, 1.0)
-        slopes = (r > 0).float() if alpha == 2.0 else r ** (1.0 / b - 1.0)
-        total, slope = (r * slopes).sum(1, keepdim=True), slopes.sum(1, keepdim=True)
+        total, slope = _sums(scores, u, b)
         step = -torch.expm1(-b * total.log()) * total / (b * slope)
         taken[(step[:, 0] <= enough) & (taken == most)] = done
         u += step.clamp(min=0.0)
-    return float(taken.view(-1, block_q).amax(1).mean())
+        if (taken < most).all():
+            break
+    return taken.view(-1, block_q).amax(1)
+
+
+def streaming_steps(
+    scores: torch.Tensor, alpha: float, block_q: int, enough: float, most: int, block_k: int, exact: bool
+) -> torch.Tensor:
+    """The same of the streaming form: `_started` and the loop of `streaming_kernel`. exact: of float32."""
+    b = alpha - 1.0
+    u = torch.zeros(len(scores), 1)
+    fall, peak = torch.ones_like(u), torch.full_like(u, -1e30)
+    for tile in scores.split(block_k, 1):
+        higher = torch.maximum(peak, tile.amax(1, keepdim=True))
+        u -= higher - peak
+        near = (1.0 - 0.25 * fall * (-u).clamp(min=0.0)).clamp(min=0.0)
+        u, peak = u.clamp(min=0.0), higher
+        total, slope = _sums(tile - peak, u, b)
+        total, slope = total + near**4, slope + near**3 * fall
+        root = total ** (-0.5 * b)
+        u += 2.0 / b * total / slope * (1.0 - root)
+        fall = slope / (total * root)
+    farthest = -math.expm1(-b * math.log(scores.shape[1])) / b
+    u = u.clamp(max=farthest)
+    norm, pace, before = u + 1e30, u * 0.0, u + 1e30
+    left = torch.ones(len(scores) // block_q, dtype=torch.bool)
+    taken = torch.zeros(len(left), dtype=torch.long)
+    for done in range(most):
+        total, slope = _sums(scores - peak, u, b)
+        norm_before, pace_before, norm = norm, pace, total**b
+        pace = total / (norm * b * slope)
+        step = (norm - 1.0) * pace
+        bent = not exact and alpha != 2.0
+        if bent:
+            apart = norm - norm_before
+            apart = torch.where(apart.abs() > 1e-6, apart, 1e30)
+            bend = 0.5 * (norm - 1.0) ** 2 * (pace_before - pace) / apart
+            step = step + bend.maximum(-0.5 * step.abs()).minimum(step.abs())
+        elif done:
+            step = step.clamp(min=-1.2e-7)
+        step = step.maximum(-u).minimum(farthest - u)
+        far = step.maximum(-3.0 * step)
+        if bent:
+            far = far.minimum(step * step * before * (enough / 2e-5))
+            before = step.abs()
+        u = u + step
+        taken += left
+        left &= (far > enough).view(-1, block_q).any(1)
+        if not left.any():
+            break
+    return taken
+
+
+def _sums(scores: torch.Tensor, u: torch.Tensor, b: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, 1): of r^p and of r^(p - 1)."""
+    r = (1.0 + b * (scores - u)).clamp(0.0, 1.0)
+    slopes = (r > 0).float() if b == 1.0 else r ** (1.0 / b - 1.0)
+    return (r * slopes).sum(1, keepdim=True), slopes.sum(1, keepdim=True)
 
 
 Code = list[tuple[int, str, "int | None"]]
 
 
-def nvidia_code(cubin: bytes) -> tuple[Code, int, int]:
-    """Instructions as (address, text, address of the branch), registers a thread, bytes of its stack."""
+def nvidia_code(cubin: bytes, kernel: str = "") -> tuple[Code, int, int]:
+    """Instructions as (address, text, address of the branch), registers a thread, bytes of its stack; of the kernel of
+    that name, where there are several."""
     from triton.backends import nvidia
 
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True)
+        command = [tool, "-sass", "-res-usage", *(["-fun", kernel] if kernel else []), file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text.stdout)
     code = [(int(address, 16), line, _target(line)) for address, line in found]
     # what follows the end is for warps that diverge, which these do not
     end = max(place for place, (_, line, _) in enumerate(code) if "EXIT" in line)
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
+    usage = re.search(rf"{kernel}:?\s+REG:(\d+) STACK:(\d+)", text.stdout)
     return code[: end + 1], int(usage[1]), int(usage[2])
 
 

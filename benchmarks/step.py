@@ -49,10 +49,18 @@ FLUX = {
     "txt_ids_dims": [],
 }  # fmt: skip
 
+# the 1.3 B model's width, a third of its depth
+WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "patch_size": [1, 2, 2], "in_dim": 16, "out_dim": 16, "dim": 1536,
+    "ffn_dim": 8960, "freq_dim": 256, "text_len": 512, "text_dim": 4096, "num_heads": 12, "num_layers": 10,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Layout:
-    """A host class and its network; the model's own picture size, its latent, its prompts and its guidance."""
+    """A host class and its network; the model's own picture size, its latent, its prompts and its guidance. frames: of
+    the latent of a video, 0 for pictures.
+    """
 
     host_class: str
     network: dict
@@ -62,12 +70,20 @@ class Layout:
     context: int
     pooled: int
     cfg: float
+    frames: int = 0
+
+    def latent(self, size: int):
+        import torch
+
+        frames = (self.frames,) if self.frames else ()
+        return torch.zeros(1, self.latent_channels, *frames, size // 8, size // 8)
 
 
 LAYOUTS = {
     "sd15": Layout("SD15", SD15, 512, 4, 77, 768, 1280, 5.0),
     "sdxl": Layout("SDXL", SDXL, 1024, 4, 77, 2048, 1280, 5.0),
     "flux": Layout("Flux", FLUX, 1024, 16, 512, 4096, 768, 1.0),
+    "wan": Layout("WAN21_T2V", WAN, 640, 16, 512, 4096, 1, 5.0, frames=9),
 }
 
 
@@ -76,6 +92,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=LAYOUTS, default="sd15")
     parser.add_argument("--size", type=int, help="picture size in pixels (default: the model's own)")
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="timed in a turn; on a GPU 12 (default: %(default)s)")
     parser.add_argument("--alpha", type=float, nargs="+", default=[1.5], help="one candidate each (default: 1.5)")
     parser.add_argument("--peer", type=Path, help="a checkout of sd-perturbed-attention")
     parser.add_argument("--pytorch-attention", action="store_true", help="as ComfyUI's --use-pytorch-cross-attention")
@@ -89,10 +106,10 @@ def main() -> None:
     models = candidates(base, args.alpha, args.peer)
     layout = LAYOUTS[args.layout]
     size = args.size or layout.size
-    turns = measure(models, layout, size, args.repeats)
+    turns = measure(models, layout, size, args.repeats, args.steps)
     machine = describe(base)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    what = f"{args.layout} layout, {size} x {size}, CFG {layout.cfg:g}, one step"
+    what = f"{args.layout} layout, {size} x {size}, CFG {layout.cfg:g}, a step of {args.steps}"
     print(f"{what}; median [quartiles] of {args.repeats} turns\n")
     rows = []
     for name in models:
@@ -101,7 +118,8 @@ def main() -> None:
         rows.append({"candidate": name, "seconds": median(seconds), "ratio": ratio})
         print(f"{name:<22} {median(seconds):>9.3f} s   {ratio[1]:.3f} [{ratio[0]:.3f}, {ratio[2]:.3f}] x plain")
     if args.json:
-        document = {"machine": machine, "layout": args.layout, "size": size, "turns": turns, "rows": rows}
+        settings = {"layout": args.layout, "size": size, "steps": args.steps}
+        document = {"machine": machine, **settings, "turns": turns, "rows": rows}
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -158,7 +176,9 @@ def candidates(base, alphas: list[float], peer: Path | None) -> dict[str, object
     return models
 
 
-def measure(models: dict[str, object], layout: Layout, size: int, repeats: int) -> list[dict[str, float]]:
+def measure(
+    models: dict[str, object], layout: Layout, size: int, repeats: int, steps: int
+) -> list[dict[str, float]]:
     """Seconds of one step by candidate, turn by turn. The first turn only warms up."""
     import torch
 
@@ -172,28 +192,31 @@ def measure(models: dict[str, object], layout: Layout, size: int, repeats: int) 
     names, turns = list(models), []
     for turn in range(repeats + 1):
         order = names[turn % len(names):] + names[: turn % len(names)]
-        turns.append({name: step_seconds(models[name], layout, prompts, size) for name in order})
+        turns.append({name: step_seconds(models[name], layout, prompts, size, steps) for name in order})
     return turns[1:]
 
 
-def step_seconds(model, layout: Layout, prompts: list, size: int) -> float:
-    """The second of two steps: loading and preparing lie before its start."""
+def step_seconds(model, layout: Layout, prompts: list, size: int, steps: int) -> float:
+    """The mean of all steps but the first: loading and preparing lie before their start."""
     import comfy.sample
     import torch
 
     marks = []
 
-    def mark(*_):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
+    def mark(step, *_):
+        # in between the CPU runs ahead of the GPU, as it does for people
+        if step in (0, steps):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
 
-    latent = torch.zeros(1, layout.latent_channels, size // 8, size // 8)
+    latent = layout.latent(size)
     noise = comfy.sample.prepare_noise(latent, 0)
+    count = steps + 1
     comfy.sample.sample(
-        model, noise, 2, layout.cfg, "euler", "normal", *prompts, latent, callback=mark, disable_pbar=True, seed=0
+        model, noise, count, layout.cfg, "euler", "normal", *prompts, latent, callback=mark, disable_pbar=True, seed=0
     )
-    return marks[1] - marks[0]
+    return (marks[1] - marks[0]) / steps
 
 
 def describe(base) -> dict[str, str]:

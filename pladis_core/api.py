@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -16,7 +17,7 @@ from . import operators
 from .impl import cpu, eager, gradient, trial
 from .impl.common import wants_grad
 
-BACKENDS = ("auto", "reference", "portable", "eager", "triton")
+BACKENDS = ("auto", "reference", "portable", "eager", "nvrtc", "triton")
 # far beyond any use, and far from where weights would overflow
 MAX_LAM = 1e6
 MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -100,9 +101,10 @@ def pladis_attention(
         mix_mask: boolean, broadcastable to (B, Lk): the keys that are mixed, for instance without the start token or
             padding. All others keep their softmax weight, and so does the sum of these. None: all keys.
         enable_gqa: H may be a multiple of Hkv; consecutive query heads share a key head.
-        backend: "triton" (the fused kernel for GPUs), "eager" (on a CPU with a compiler a fused loop, elsewhere
-            "portable"), "portable" (PyTorch in chunks, on any device) or "reference" (materialised, on the `entmax`
-            package). "auto" is triton where it works, eager elsewhere. All but an explicit "triton" have a first
+        backend: "triton" (the fused kernel for GPUs), "nvrtc" (a kernel between two products of torch's, for NVIDIA
+            GPUs without Triton), "eager" (on a CPU with a compiler a fused loop, elsewhere "portable"), "portable"
+            (PyTorch in chunks, on any device) or "reference" (materialised, on the `entmax` package). "auto" is the
+            first of triton, nvrtc and eager that works. All but an explicit "triton" or "nvrtc" have a first
             derivative, in every floating input (`impl/gradient.py`).
 
     Returns:
@@ -111,8 +113,7 @@ def pladis_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, alpha outside [1, 2], lam beyond 1e6, scale not finite,
-            an unknown backend, a gradient asked of the triton backend, or tensors that the triton backend cannot
-            take.
+            an unknown backend, a gradient asked of the triton or nvrtc backend, or tensors that they cannot take.
         ImportError: the reference backend without the `entmax` package, the triton backend without Triton.
     """
     _check_mix(lam, alpha)
@@ -195,11 +196,14 @@ def _backend(name: str, with_gradient: bool):
         from .impl import reference
 
         return reference.attend
-    attend = {"auto": _fastest, "portable": eager.attend, "eager": _eager, "triton": _fused}[name]
+    attend = {
+        "auto": _fastest, "portable": eager.attend, "eager": _eager, "nvrtc": partial(_demanded, "nvrtc"),
+        "triton": _fused,
+    }[name]  # fmt: skip
     if not with_gradient:
         return attend
-    if name == "triton":
-        raise ValueError("backend 'triton' has no gradient: use backend='auto', or torch.no_grad()")
+    if name in ("nvrtc", "triton"):
+        raise ValueError(f"backend {name!r} has no gradient: use backend='auto', or torch.no_grad()")
     return partial(gradient.attend, attend)
 
 
@@ -213,20 +217,24 @@ def _fused(query, key, value, *rest) -> torch.Tensor:
             "backend 'triton' needs Triton: pip install triton, on Windows triton-windows. The other backends do "
             "without it."
         )
-    from .impl import triton
+    return _demanded("triton", query, key, value, *rest)
 
-    reason = triton.unusable(query, key, value)
+
+def _demanded(name: str, query, key, value, *rest) -> torch.Tensor:
+    backend = import_module(f".impl.{name}", __package__)
+    reason = backend.unusable(query, key, value)
     if reason is not None:
-        raise ValueError(f"backend 'triton' cannot take these tensors: {reason}. backend='eager' can.")
-    return triton.attend(query, key, value, *rest)
+        raise ValueError(f"backend {name!r} cannot take these tensors: {reason}. backend='eager' can.")
+    return backend.attend(query, key, value, *rest)
 
 
 def _fastest(query, key, value, *rest) -> torch.Tensor:
-    """The fused kernel where it works, eager elsewhere."""
-    if _triton_works and _has_gpu_compiler(query.device):
-        out = _trials.attend(query, key, value, *rest)
-        if out is not None:
-            return out
+    """The fused kernel where it works, then the one between two products, eager elsewhere."""
+    if _has_gpu_compiler(query.device):
+        for trials in _trials:
+            out = trials.attend(query, key, value, *rest)
+            if out is not None:
+                return out
     return _eager(query, key, value, *rest)
 
 
@@ -235,8 +243,8 @@ def _has_gpu_compiler(device: torch.device) -> bool:
 
 
 # ComfyUI on Windows often comes without Triton: nothing to report
-_triton_works = find_spec("triton") is not None
-_trials = trial.Trials()
+_trials = [trial.Trials("triton", "Triton")] if find_spec("triton") is not None else []
+_trials += [trial.Trials("nvrtc", "NVRTC")]
 
 
 def _check_mix(lam: float, alpha: float) -> None:

@@ -11,6 +11,7 @@ attention it costs a pass over the scores (`log_sum_exp`).
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -19,6 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .api import pladis_correction
 from .impl.common import additive_mask, compute_dtype, wants_grad
+from .impl.trial import is_broken
+
+LOGGER = logging.getLogger(__name__)
 
 # scores of one chunk of the portable pass
 CHUNK_ELEMENTS = 1 << 22
@@ -126,10 +130,32 @@ def log_sum_exp(
         if query.device.type == "cpu":
             lse = _flash_for_cpu(query, key, key, _kernel_mask(attn_mask, query, key), scale)[1]
         elif query.device.type == "cuda" and query.dtype != torch.float64:
-            lse = _efficient(query, key, key[..., :NARROW], _kernel_mask(attn_mask, query, key), scale)[1]
+            lse = _narrow_lse(query, key, attn_mask, scale)
         else:
             lse = _chunked_lse(query, key, attn_mask, scale)
     return _with_gradient(lse, query, key, attn_mask, scale)
+
+
+def _narrow_lse(query, key, attn_mask, scale) -> torch.Tensor:
+    """By the memory-efficient kernel with `NARROW` value columns; in chunks on devices where it refuses them, as
+    AMD's or an old card's may."""
+    if query.device not in _no_narrow_kernel:
+        try:
+            return _efficient(query, key, key[..., :NARROW], _kernel_mask(attn_mask, query, key), scale)[1]
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if is_broken(error):
+                raise
+            _no_narrow_kernel.add(query.device)
+            LOGGER.warning(
+                "PLADIS: no attention kernel of torch gives %s its log-sum-exp (%s): same images, slower.",
+                query.device, next(iter(str(error).splitlines()), ""),
+            )  # fmt: skip
+    return _chunked_lse(query, key, attn_mask, scale)
+
+
+_no_narrow_kernel: set[torch.device] = set()
 
 
 def _with_gradient(lse, query, key, mask, scale) -> torch.Tensor:

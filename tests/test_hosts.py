@@ -28,13 +28,17 @@ sys.path.extend(sys.argv.pop(1).splitlines())
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
-# hardly longer than the start of a process: these share one
-TOGETHER = (
-    "compatibility", "composition", "help", "layers", "locales", "more_peers", "peers", "preferences",
-    "reached", "regime", "schema", "strength", "sweep", "tokens", "transformers",
-)  # fmt: skip
-# about our fixtures, samplers and inputs, which do not differ between hosts: for time, on the newest alone
-NEWEST_ALONE = ("family_fixtures", "distilled", "fuzz")
+# what shares a process: to start one takes as long as a short file's tests
+SHARED = {
+    "networks": ("contracts", "families", "family_fixtures", "spans"),
+    "graphs": ("attention_map", "demo_model", "distilled", "fuzz", "matrix", "sampling", "workflows"),
+    "short files": (
+        "compatibility", "composition", "help", "layers", "locales", "more_peers", "nvrtc", "peers", "preferences",
+        "reached", "regime", "schema", "strength", "sweep", "tokens", "transformers",
+    ),
+}  # fmt: skip
+# about our fixtures, samplers, inputs and kernels, which do not differ between hosts: for time, on the newest alone
+NEWEST_ALONE = ("family_fixtures", "distilled", "fuzz", "nvrtc")
 # a way to call attention that the oldest does not have; and, for time, what is long and hardly the host's: run these by
 # hand on the oldest before a release (CONTRIBUTING.md)
 NEWER_ALONE = ("preferences", "compiled", "matrix", "sampling")
@@ -46,19 +50,20 @@ NEXT = (
 
 
 def files_of(host: str, shared: bool = True) -> dict[str, list[Path]]:
-    """What one process runs, by name; with `shared`, short files in one."""
+    """What one process runs, by name; with `shared`, several files in one."""
     files = {file.stem.removeprefix("test_"): [file] for file in sorted((ROOT / "tests" / "host").glob("test_*.py"))}
     left_out = {"newest": (), "oldest": NEWEST_ALONE + NEWER_ALONE, "next": files.keys() - set(NEXT)}[host]
     files = {name: group for name, group in files.items() if name not in left_out}
     if not shared:
         return files
-    files["short files"] = [file for name in TOGETHER for file in files.pop(name, ())]
+    for name, members in SHARED.items():
+        if group := [file for member in members for file in files.pop(member, ())]:
+            files[name] = group
     return files
 
 
-
 def pytest_generate_tests(metafunc) -> None:
-    """With -k every file is a run of its own, which its name finds; without it, short files share one."""
+    """With -k every file is a run of its own, which its name finds; without it, some share one."""
     if "files" in metafunc.fixturenames:
         runs = {
             f"{host}-{name}": (host, files)
@@ -71,8 +76,7 @@ def pytest_generate_tests(metafunc) -> None:
 # in the browser, by name: host, files, which of their tests. For time, workflows, help pages, words and looks on the
 # newest alone; an old front end has people who did not change to the new renderer, the next has the new one
 WEB = {
-    "newest, classic": ("newest", ("nodes",), "classic"),
-    "newest, Nodes 2.0": ("newest", ("nodes",), "not classic"),
+    "newest, both renderers": ("newest", ("nodes",), ""),
     "newest, pages": ("newest", ("workflows", "help"), ""),
     "newest, words and looks": ("newest", ("words", "looks"), ""),
     "oldest": ("oldest", ("nodes",), "classic"),

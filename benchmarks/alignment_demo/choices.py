@@ -13,7 +13,7 @@ from .models import SHARES, Models, Trained
 from .pictures import NONE, Disturbance, Sampling
 from .scorers import Captions
 
-STEPS = 10
+STEPS = 20
 CFGS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NO_GUIDANCE, CFG_3, TUNED = "no guidance", "CFG 3", "tuned CFG"
 # ways of sampling; at the tuned CFG an arm chooses among several

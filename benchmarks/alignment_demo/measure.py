@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from demo.oracle import Score
 
 from . import PARTS, scope
-from .arms import ARMS
+from .arms import SETTABLE
 from .choices import CFG_3, NO_GUIDANCE, STUDENT_WAYS, TUNED, Choice, Scorer, advised, choose
 from .errors import Reported, object_sets
 from .models import Models
@@ -52,8 +52,8 @@ def measure(scorer: Scorer, models: Models, parts: Sequence[str]) -> Measured:
 def measure_cell(scorer: Scorer, models: Models, kind: str, way: str) -> Cell:
     """Chooses on one seed's model, then reports on all."""
     chooser = models.chooser(kind)
-    choices = {arm: choose(scorer, chooser, way, arm) for arm in scope.arms_of(kind)}
-    best = advised(scorer, chooser, choices) if len(choices) == len(ARMS) else None
+    choices = {arm: choose(scorer, chooser, way, arm) for arm in scope.arms_of(kind, way)}
+    best = advised(scorer, chooser, choices) if choices.keys() >= set(SETTABLE) else None
     return Cell(choices, best, report(scorer, models, kind, {arm: (choice, NONE) for arm, choice in choices.items()}))
 
 

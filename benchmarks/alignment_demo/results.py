@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .arms import ARMS
 from .choices import WAYS, Choice
 from .errors import MEASURES, SEEDS, Figure, Reported
 from .measure import Cell, Measured
@@ -70,7 +69,7 @@ def as_well(cell: Cell) -> list[str]:
         figures = [(cell.reported[arm] - advised).figure(measure) for measure in JUDGED]
         return any(figure.is_difference and figure.mean < 0 for figure in figures)
 
-    return [arm for arm in ARMS if arm != cell.advised and not worse(arm)]
+    return [arm for arm in cell.reported if arm != cell.advised and not worse(arm)]
 
 
 def dial(measured: Measured, way: str) -> dict[str, Any]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from .arms import ARMS
+from .arms import ARMS, SETTABLE
 from .choices import CFG_3, CFGS, NO_GUIDANCE, STUDENT_WAYS, TUNED
 from .models import SHARES, SHIPPED_KIND, SINK, STUDENT, named
 from .pictures import Disturbance
 
 # for every share of mistakes, and under noise; the other arms for the share that ships alone
 COMPARED = ("softmax", "the paper", "PLADIS, chosen", "temperature")
+# at tuned CFG, which is the dearest to measure
+AT_TUNED_CFG = (*SETTABLE, "temperature")
 DIAL_WAYS = (NO_GUIDANCE, CFG_3)
 DISTURBED_WAYS = (NO_GUIDANCE, CFG_3)
 NOISE_LEVEL = 0.5
 DISTURBANCES = tuple(Disturbance(where, NOISE_LEVEL) for where in ("text states", "queries"))
 
 
-def arms_of(kind: str) -> tuple[str, ...]:
-    return COMPARED if kind in SHARES and kind != SHIPPED_KIND else ARMS
+def arms_of(kind: str, way: str) -> tuple[str, ...]:
+    if kind in SHARES and kind != SHIPPED_KIND:
+        return COMPARED
+    return AT_TUNED_CFG if way == TUNED else ARMS
 
 
 def kinds_of(way: str) -> tuple[str, ...]:
@@ -36,7 +40,8 @@ def about_arms(shipped: str) -> str:
 def about_tuned(shipped: str) -> str:
     return (
         f"At tuned CFG an arm keeps the setting that was chosen at CFG 3, and its CFG alone is chosen, among "
-        f"{', '.join(f'{cfg:g}' for cfg in CFGS)}; only for {named(shipped)} and the variant with a sink."
+        f"{', '.join(f'{cfg:g}' for cfg in CFGS)}; only for {named(shipped)} and the variant with a sink, and "
+        f"only these arms: {'; '.join(AT_TUNED_CFG)}."
     )
 
 

@@ -8,8 +8,17 @@ p: with dense + sparse = 1 all sums stay as softmax has them, and with dense + s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+
+# by how much a buffer shrinks where memory runs out
+SHRINK = 8
+# of kernels that start at the peak: `newton_steps` counts from a start that also knows the mean
+STEPS_FROM_THE_PEAK = 2
+# a sum of rounded weights divides only where rounding cannot make it vanish
+LARGEST_CANCELLATION = 16.0
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -30,6 +39,12 @@ def newton_steps(keys: int, alpha: float, dtype: torch.dtype) -> int:
     steps = 2 + math.ceil(0.6 + 0.75 * (alpha - 1.0) * math.log2(max(keys, 1)))
     # convergence is quadratic: one step more doubles the digits
     return steps + (dtype == torch.float64)
+
+
+def small_b(dtype: torch.dtype) -> float:
+    """Below it, r = 1 + x forgets the digits of x that entmax near softmax needs: what rounds r shows as 1 / b times as
+    much in a weight of `dtype`."""
+    return 0.05 if dtype == torch.float32 else 0.003
 
 
 def unit_keys(
@@ -53,6 +68,56 @@ def unit_keys(
     return unit, gain
 
 
+class Mix(NamedTuple):
+    """`dense` and `sparse` as a kernel takes them: weights are factor * (dense * softmax + sparse * entmax)."""
+
+    dense: float
+    sparse: float
+    factor: float
+    unit: bool  # sparse is 1
+
+    @classmethod
+    def of(cls, dense: float, sparse: float) -> Mix:
+        if sparse != 0.0 and abs(dense) <= abs(sparse):
+            return cls(dense / sparse, 1.0, sparse, True)
+        # a power of two that keeps sums of weighted values in range
+        bound = 2.0 ** math.ceil(math.log2(max(abs(dense) + abs(sparse), 1.0)))
+        return cls(dense / bound, sparse / bound, bound, False)
+
+
+def chunk_shape(heads: int, queries: int, keys: int, elements: int) -> tuple[int, int]:
+    """(heads, queries) of one chunk: whole heads where several fit into `elements`, else a part of one head."""
+    rows = max(1, elements // keys)
+    if rows >= queries:
+        return max(1, min(heads, rows // queries)), queries
+    return 1, rows
+
+
+def chunks(rows: tuple[int, int, int], keys: int, elements: int) -> Iterator[tuple[int, slice, slice]]:
+    """The places of all chunks in tensors of (batch, heads, queries): one batch, then slices of heads and queries."""
+    batch, heads, queries = rows
+    step_h, step_q = chunk_shape(heads, queries, keys, elements)
+    for b in range(batch):
+        for h in range(0, heads, step_h):
+            for start in range(0, queries, step_q):
+                yield b, slice(h, h + step_h), slice(start, start + step_q)
+
+
+def retried_in_smaller_chunks(fill: Callable[[int], None], elements: int, least: int) -> None:
+    """fill(elements), with fewer elements at a time where memory runs out.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: `least` are too many, too.
+    """
+    while True:
+        try:
+            return fill(elements)
+        except torch.cuda.OutOfMemoryError:
+            if elements <= least:
+                raise
+            elements //= SHRINK
+
+
 def dense_factors(mixed: torch.Tensor, dense: float, sparse: float, dtype: torch.dtype) -> torch.Tensor:
     """What every key's softmax weight is multiplied with, of the shape of `mixed`."""
     factors = torch.full(mixed.shape, dense + sparse, dtype=dtype, device=mixed.device)
@@ -61,10 +126,15 @@ def dense_factors(mixed: torch.Tensor, dense: float, sparse: float, dtype: torch
 
 def _unused_keys(mask: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """(..., kv_heads, Lk): the keys that (..., H, Lq, Lk) masks for every query of every head that shares them."""
-    stored = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
-    masked = ~stored if mask.dtype == torch.bool else stored <= torch.finfo(mask.dtype).min
+    kept = stored(mask)
+    masked = ~kept if mask.dtype == torch.bool else kept <= torch.finfo(mask.dtype).min
     unused = masked.all(-2).expand(*mask.shape[:-2], mask.shape[-1])
     return unused.unflatten(-2, (kv_heads, -1)).all(-2)
+
+
+def stored(tensor: torch.Tensor) -> torch.Tensor:
+    """An expanded tensor as it is in memory: every dimension along which it repeats has length 1."""
+    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -3,6 +3,46 @@
 // The lanes of a vector are neighbouring queries, so that no reduction over keys crosses lanes. The threshold is found
 // as in eager.py, whose docstring has the mathematics, but a vector takes no more steps once one was small enough.
 // Compiled by cpu.py for the machine it runs on.
+//
+// Of one query (PLADIS, eq. 11; entmax: Peters, Niculae, Martins 2019, eq. 10):
+//
+//     out = mass * sum_k (dense * softmax(c)_k + sparse * entmax(c)_k) * value_k
+//     entmax(c)_k = (b * z_k)^(1 / b),   z_k = [c_k - tau]_+,   tau such that these sum to 1
+//
+// Symbols
+//     dense, sparse  1 - lambda and lambda; of the correction alone, -lambda and lambda
+//     mass           1, or what of a longer row's softmax lies on these keys
+//     s, c           scores; c once they are centred: times gain, plus the mask, minus the row's maximum, so c <= 0
+//     peak           that maximum
+//     b              alpha - 1. eager.py and comments here call 1 / b p; in code p is the Problem, or a polynomial
+//     tau, u         the threshold, and u = tau + 1 / b, which stays small where alpha is near 1
+//     base           b * z = 1 + b * (c - u)
+//     step           Newton's, on the norm ||z||_p. The last one is not added to tau, or u, but to z, or the base
+//     m              sums over keys, from which a step is made. m.a, m.b: of z^2 and z (alpha 1.5), of z and its
+//                    support (2), of base^p and base^(p - 1) (any other)
+//     w              numerators of entmax, a constant factor apart
+//     kv             a head of key and value, which heads / kv_heads heads of queries share
+//
+// Buffers, the last dimension contiguous
+//     key    [keys][width]                       s, w   [keys][TILE], of a vector of queries [keys][WIDTH] vectors
+//     value  [columns / COLUMNS][keys][COLUMNS]  q      [width][TILE]
+//                                                o      [TILE][columns]
+//     columns is the value's width, rounded up to a multiple of COLUMNS. TILE x COLUMNS is 48 x 32 with AVX-512,
+//     24 x 16 with AVX, else 12 x 8. s, w, q and o are a thread's scratch memory.
+//
+// What runs, outermost first
+//     pladis_attend    every tile of every head of every batch, shared out to threads in order
+//     tile             one of them:
+//       load_queries     q, transposed
+//       scores           s = key * q, in blocks of 4 keys x WIDTH vectors of queries, 12 sums in registers
+//       centre           c, for a vector of queries at a time, as everything up to `weighted`
+//       mix, mix_some    the weights of eq. 11, into s:
+//         numerators       of softmax and entmax, and their sums
+//           start            a threshold left of the root
+//           polynomial       Newton's steps for alpha 1.5 and 2, each a pass over the keys; settle: what is left over
+//           generic          for any other
+//       weighted         o = weights * value, a slab of 128 keys at a time, in blocks of 6 queries x 2 vectors of
+//                        columns, or 12 x 1: 12 sums in registers
 
 #include <math.h>
 #include <stdint.h>
@@ -24,14 +64,17 @@ enum { WIDTH = 3, TILE = WIDTH * LANES, COLUMNS = 2 * LANES, QUICK_TERMS = 8 };
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-// mirrored by cpu.py, field by field; strides in elements, the last dimension of the query contiguous, key
-// [batch, kv_heads, keys, width], value [batch, kv_heads, columns / COLUMNS, keys, COLUMNS], gain [batch, kv_heads]
-// mixed, or NULL where all keys are mixed: how many of every batch's keys are, and these come first. common.py
+// mirrored by cpu.py, field by field; strides in elements, the last dimension of query and out contiguous
 // rise, enough, squarings, quick: cpu.py
 struct Problem {
-    const float *query, *key, *value, *gain, *mask, *row_lse;
-    const int64_t *mixed;
-    float *out;
+    const float *query;    // [batch, heads, queries, width], strided
+    const float *key;      // [batch, kv_heads, keys, width]
+    const float *value;    // [batch, kv_heads, columns / COLUMNS, keys, COLUMNS]
+    const float *gain;     // [batch, kv_heads]
+    const float *mask;     // [batch, heads, queries, keys], strided and additive, or NULL
+    const float *row_lse;  // [batch, heads, queries], strided: log-sum-exp of a longer row, or NULL
+    const int64_t *mixed;  // [batch]: how many keys are mixed, which come first; NULL: all. common.py
+    float *out;            // [batch, heads, queries, value_width], strided
     int64_t batch, heads, kv_heads, queries, keys, width, value_width, columns;
     int64_t query_stride[3], mask_stride[4], row_lse_stride[3], out_stride[3];
     int64_t steps, threads, squarings;
@@ -188,7 +231,7 @@ static void load_queries(const float *query, int64_t stride, int64_t lanes, int6
     }
 }
 
-// c[i][j] = sum_k a[i * ai + k * ak] * b[k][j], or += where ADD, for R rows and C vectors of columns
+// c[R][C vectors] = sum_k a[i * ai + k * ak] * b[k][j], or += where ADD, for R rows i and C vectors j of columns
 template <int R, int C, bool ADD = false>
 static inline void block(const float *a, int64_t ai, int64_t ak, const float *b, int64_t bk, int64_t n, float *c,
                          int64_t ci) {
@@ -203,7 +246,7 @@ static inline void block(const float *a, int64_t ai, int64_t ak, const float *b,
         }
 }
 
-// scores of all keys against the tile of queries q, [width][TILE]; the last block overlaps the one before
+// s[keys][TILE] = key [keys][width] times the queries q [width][TILE]; the last block overlaps the one before
 static void scores(const float *key, int64_t keys, const float *q, int64_t width, float *s) {
     enum { R = 4 };
     if (keys < R)
@@ -216,7 +259,7 @@ static void scores(const float *key, int64_t keys, const float *q, int64_t width
         }
 }
 
-// o[i][columns] of C vectors of columns, for all queries i of the tile
+// o[TILE][C vectors of the columns] (+)= w[n][TILE] transposed, times b[n][COLUMNS]
 template <int R, int C>
 static inline void product(const float *w, const float *b, int64_t n, bool add, float *o, int64_t columns) {
     static_assert(TILE % R == 0, "blocks that overlap would add twice");
@@ -225,7 +268,7 @@ static inline void product(const float *w, const float *b, int64_t n, bool add, 
         else block<R, C>(w + i, 1, TILE, b, COLUMNS, n, o + i * columns, columns);
 }
 
-// o[TILE][columns]: the weights w, [keys][TILE], times the values; a slab of keys at a time, which stays in L1
+// o[TILE][columns] = w[keys][TILE] transposed, times the values; a slab of keys at a time, which stays in L1
 static void weighted(const float *w, const float *value, int64_t keys, int64_t width, int64_t columns, float *o) {
     enum { SLAB = 128 };
     for (int64_t k = 0; k < keys; k += SLAB)
@@ -237,7 +280,8 @@ static void weighted(const float *w, const float *value, int64_t keys, int64_t w
         }
 }
 
-// From here on a vector of queries at a time: its scores s, or weights w, are s[k * WIDTH] for key k.
+// From here on a vector of queries at a time: s[keys][WIDTH] and w[keys][WIDTH] vectors, of which the first of every
+// key is its own.
 
 // scores in, gain * scores + mask minus its maximum out; returns the maximum. common.py: centred
 template <class Bias>
@@ -292,8 +336,8 @@ static threshold polynomial(const Problem &p, const vec *s) {
     }
 }
 
-// what is left of sparsemax's z to take off: a step back, by a rounding, lets a whole cluster of keys in again, each with
-// that rounding. eager.py: _settle
+// what is left of sparsemax's z to take off: a step back, by a rounding, lets a whole cluster of keys in again, each
+// with that rounding. eager.py: _settle
 static vec settle(const Problem &p, const vec *s, threshold t) {
     if (!any_above(-t.step, 0.0f)) return vec{};
     sums m = sum_of(0, p.keys, [&](int64_t k) -> sums {
@@ -425,13 +469,16 @@ static void mix_some(const Problem &p, int64_t mixed, vec *s, vec *w, vec peak, 
 }
 
 // `lanes` queries of one head, from query `first` on; the rest of the tile repeats the first of them
-static void tile(const Problem &p, int64_t b, int64_t h, int64_t first, int64_t lanes, float *scratch) {
-    float *s = scratch, *w = s + p.keys * TILE, *q = w + p.keys * TILE, *o = q + p.width * TILE;
-    int64_t kv = b * p.kv_heads + h / (p.heads / p.kv_heads);
-    const float *query = p.query + b * p.query_stride[0] + h * p.query_stride[1] + first * p.query_stride[2];
+static void tile(const Problem &p, int64_t batch, int64_t head, int64_t first, int64_t lanes, float *scratch) {
+    float *s = scratch;  // [keys][TILE], scores, then the weights that are mixed
+    float *w = s + p.keys * TILE;  // [keys][TILE], of entmax
+    float *q = w + p.keys * TILE;  // [width][TILE]
+    float *o = q + p.width * TILE;  // [TILE][columns]
+    int64_t kv = batch * p.kv_heads + head / (p.heads / p.kv_heads);
+    const float *query = p.query + batch * p.query_stride[0] + head * p.query_stride[1] + first * p.query_stride[2];
     const float *mask = p.mask, *row_lse = p.row_lse;
-    if (mask) mask += b * p.mask_stride[0] + h * p.mask_stride[1] + first * p.mask_stride[2];
-    if (row_lse) row_lse += b * p.row_lse_stride[0] + h * p.row_lse_stride[1] + first * p.row_lse_stride[2];
+    if (mask) mask += batch * p.mask_stride[0] + head * p.mask_stride[1] + first * p.mask_stride[2];
+    if (row_lse) row_lse += batch * p.row_lse_stride[0] + head * p.row_lse_stride[1] + first * p.row_lse_stride[2];
 
     // the next tile's rows lie too far apart for the processor to see them coming
     for (int64_t i = TILE; i < 2 * TILE; i++)
@@ -445,11 +492,11 @@ static void tile(const Problem &p, int64_t b, int64_t h, int64_t first, int64_t 
             return mask[lane(i) * p.mask_stride[2] + k * p.mask_stride[3]];
         });
         auto lse = [&](int i) { return row_lse[lane(i) * p.row_lse_stride[2]]; };
-        if (p.mixed) mix_some(p, p.mixed[b], own, (vec *)w + g, peak, lse);
+        if (p.mixed) mix_some(p, p.mixed[batch], own, (vec *)w + g, peak, lse);
         else mix(p, own, (vec *)w + g, peak, lse);
     }
     weighted(s, p.value + kv * p.keys * p.columns, p.keys, p.value_width, p.columns, o);
-    float *out = p.out + b * p.out_stride[0] + h * p.out_stride[1] + first * p.out_stride[2];
+    float *out = p.out + batch * p.out_stride[0] + head * p.out_stride[1] + first * p.out_stride[2];
     for (int64_t i = 0; i < lanes; i++) memcpy(out + i * p.out_stride[2], o + i * p.columns, p.value_width * 4);
 }
 

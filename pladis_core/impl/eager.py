@@ -16,7 +16,6 @@ the weights: a large support multiplies such a rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
@@ -24,9 +23,12 @@ from .common import (
     additive_mask,
     bounded_value,
     centred,
+    chunk_shape,
+    chunks,
     compute_dtype,
     dense_factors,
     newton_steps,
+    retried_in_smaller_chunks,
     row_mass,
     scaled_to,
     unit_keys,
@@ -35,8 +37,6 @@ from .common import (
 # Bytes of one score buffer, of which there are two or three: near a core's cache, enough work per kernel launch.
 CPU_BUFFER_BYTES = 5 << 19
 DEVICE_BUFFER_BYTES = 8 << 20
-# by how much the buffer shrinks where memory runs out
-SHRINK = 8
 # sums of weights are about 1, and 0 where all is masked: then no lambda may make the quotient infinite
 LEAST_SUM = 1e-20
 
@@ -177,27 +177,9 @@ def _mix_some(scores, mixed, alpha, dim, dense, sparse, weights) -> tuple[torch.
     return weights.add_(softmax.mul_(dense_factors(mixed, dense, sparse, softmax.dtype))), softmax_sum
 
 
-def chunk_shape(heads: int, queries: int, keys: int, elements: int) -> tuple[int, int]:
-    """(heads, queries) of one chunk: whole heads where several fit into `elements`, else a part of one head."""
-    rows = max(1, elements // keys)
-    if rows >= queries:
-        return max(1, min(heads, rows // queries)), queries
-    return 1, rows
-
-
 def chunk_elements(device: torch.device, dtype: torch.dtype) -> int:
     """How many scores fill a buffer."""
     return (CPU_BUFFER_BYTES if device.type == "cpu" else DEVICE_BUFFER_BYTES) // dtype.itemsize
-
-
-def chunks(rows: tuple[int, int, int], keys: int, elements: int) -> Iterator[tuple[int, slice, slice]]:
-    """The places of all chunks in tensors of (batch, heads, queries): one batch, then slices of heads and queries."""
-    batch, heads, queries = rows
-    step_h, step_q = chunk_shape(heads, queries, keys, elements)
-    for b in range(batch):
-        for h in range(0, heads, step_h):
-            for start in range(0, queries, step_q):
-                yield b, slice(h, h + step_h), slice(start, start + step_q)
 
 
 def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
@@ -213,15 +195,12 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
     key, value = (t.to(dtype).repeat_interleave(groups, dim=1) if groups > 1 else t.to(dtype) for t in (key, value))
     value = bounded_value(value, dense, sparse)
     unit, gain = unit_keys(key, scale, mask)
-    elements = chunk_elements(query.device, dtype)
-    while True:
-        try:
-            _fill(out, query, unit, gain, value, mask, mix_mask, alpha, dense, sparse, mass, row_lse, elements)
-            return out
-        except torch.cuda.OutOfMemoryError:
-            if elements <= keys:
-                raise
-            elements //= SHRINK
+
+    def fill(elements: int) -> None:
+        _fill(out, query, unit, gain, value, mask, mix_mask, alpha, dense, sparse, mass, row_lse, elements)
+
+    retried_in_smaller_chunks(fill, chunk_elements(query.device, dtype), keys)
+    return out
 
 
 def _fill(

@@ -17,6 +17,7 @@ from .common import (
     additive_mask,
     bounded_value,
     centred,
+    chunks,
     compute_dtype,
     dense_factors,
     row_mass,
@@ -92,7 +93,7 @@ class _Attention(torch.autograd.Function):
         totals = [torch.zeros_like(t) if want else None for t, want in zip(inputs, wanted, strict=True)]
         if grad.numel() and key.shape[-2]:
             elements = eager.chunk_elements(query.device, dtype)
-            for rows in eager.chunks(query.shape[:3], key.shape[-2], elements):
+            for rows in chunks(query.shape[:3], key.shape[-2], elements):
                 mixed = None if mix_mask is None else mix_mask[rows[0]]
                 _add_chunk(totals, inputs, rows, grad[rows], dtype, mixed, ctx.options)
         for i, t in ((1, key), (2, value)):

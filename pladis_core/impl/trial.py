@@ -1,8 +1,9 @@
-"""The fused kernel where it works: what to do when it fails, and not to try again what failed."""
+"""A backend's kernel where it works: what to do when it fails, and not to try again what failed."""
 
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 
 import torch
 
@@ -15,10 +16,21 @@ BROKEN_CONTEXT = (
 )  # fmt: skip
 
 
-class Trials:
-    """Devices, and problems on devices where the kernel has run before, on which it failed."""
+def is_broken(error: Exception) -> bool:
+    """Whether the device is beyond use."""
+    return any(words in str(error).lower() for words in BROKEN_CONTEXT)
 
-    def __init__(self) -> None:
+
+class Trials:
+    """Devices, and problems on devices where the kernel has run before, on which it failed.
+
+    Args:
+        backend: a module here with `unusable` and `attend`.
+        name: what it is called in the log.
+    """
+
+    def __init__(self, backend: str, name: str) -> None:
+        self._backend, self._name = backend, name
         self._ran: set[torch.device] = set()
         self._failed: set = set()
 
@@ -35,26 +47,28 @@ class Trials:
             return None
         inputs = (query, key, value, mask, mix_mask, scale, alpha, *rest)
         try:
-            from . import triton
-
-            if triton.unusable(query, key, value) is not None:
+            backend = import_module(f".{self._backend}", __package__)
+            if backend.unusable(query, key, value) is not None:
                 return None
-            out = _with_memory(triton.attend, inputs)
+            out = _with_memory(backend.attend, inputs)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # compilers, linkers, drivers and old releases fail each in a way of its own
-            if any(words in str(error).lower() for words in BROKEN_CONTEXT):
+            if is_broken(error):
                 raise
             # a device that runs it is not given up for one problem
             whole = device not in self._ran
             self._failed.add(device if whole else problem)
             LOGGER.warning(
-                "PLADIS: Triton fails on %s%s (%s: %s). From now on without its kernel there: same images, slower.",
-                device, "" if whole else f" with {key.shape[-2]} keys of width {query.shape[-1]} in {query.dtype}",
+                "PLADIS: %s fails on %s%s (%s: %s). From now on without its kernel there: same images, slower.",
+                self._name, device,
+                "" if whole else f" with {key.shape[-2]} keys of width {query.shape[-1]} in {query.dtype}",
                 type(error).__name__, next(iter(str(error).splitlines()), ""),
             )  # fmt: skip
             return None
-        self._ran.add(device)
+        if device not in self._ran:
+            LOGGER.info("PLADIS: attention on %s runs in a kernel that %s compiles.", device, self._name)
+            self._ran.add(device)
         return out
 
 

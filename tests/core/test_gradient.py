@@ -25,7 +25,7 @@ from pladis_core import (
     pladis_correction,
     pladis_weights,
 )
-from pladis_core.impl import eager
+from pladis_core.impl import eager, trial
 
 ALPHAS = (1.0, 1.25, 1.5, 1.75, 2.0)
 BACKENDS = ("auto", "portable", "eager")
@@ -305,7 +305,7 @@ def test_on_a_gpu_the_kernel_serves_forward(monkeypatch):
         calls.append(args)
         return eager.attend(*args)
 
-    monkeypatch.setattr(api, "_triton_works", True)
+    monkeypatch.setattr(api, "_trials", [trial.Trials("triton", "Triton")])
     monkeypatch.setattr(api, "_has_gpu_compiler", lambda device: True)
     monkeypatch.setattr(kernel, "unusable", lambda *tensors: None)
     monkeypatch.setattr(kernel, "attend", attend)

@@ -113,6 +113,32 @@ def test_the_portable_log_sum_exp(mask, monkeypatch):
     torch.testing.assert_close(portable[:, :, rows], log_sum_exp(q, k, mask)[:, :, rows])
 
 
+def test_where_torchs_kernel_refuses_its_narrow_values_chunks_serve(monkeypatch, caplog):
+    q, k = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 30, 16)
+    asked = []
+
+    def refuse(*args):
+        asked.append(1)
+        raise RuntimeError("no kernel found to launch!")
+
+    monkeypatch.setattr(module, "_efficient", refuse)
+    monkeypatch.setattr(module, "_no_narrow_kernel", set())
+    for _ in range(2):
+        torch.testing.assert_close(module._narrow_lse(q, k, None, 0.25), module._chunked_lse(q, k, None, 0.25))
+    assert len(asked) == 1 and len(caplog.records) == 1 and "no kernel found" in caplog.records[0].message
+
+
+@pytest.mark.parametrize("error", (torch.cuda.OutOfMemoryError("full"), RuntimeError("an illegal memory access")))
+def test_what_chunks_would_not_help_is_raised(monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(module, "_efficient", fail)
+    with pytest.raises(type(error)):
+        module._narrow_lse(torch.randn(1, 1, 4, 16), torch.randn(1, 1, 5, 16), None, 1.0)
+    assert not module._no_narrow_kernel
+
+
 def test_masked_rows_stay_finite():
     q, k, v = inputs(torch.float32)
     for value in (-torch.inf, torch.finfo(torch.float32).min):

@@ -10,10 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import kernel_cost
 
-pytest.importorskip("triton", reason="no Triton on this system")
+triton = pytest.importorskip("triton", reason="no Triton on this system")
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads(kernel_cost.RECORD.read_text(encoding="utf-8"))
 # a few that compile fast; all: python -m benchmarks.kernel_cost --check
@@ -48,7 +49,7 @@ def test_what_is_recorded_is_every_row_and_none_of_them_spills():
 
 
 # those that are known to; a row that no longer does leaves the list
-SPILLS = {"sm_120 154x64 bf16 1.5", "sm_120 1024x128 bf16 1.5", "gfx1201 512x128 bf16 1.5"}
+SPILLS = {"sm_120 154x64 bf16 1.5", "sm_120 1000x128 bf16 1.5", "sm_120 1024x128 bf16 1.5", "gfx1201 512x128 bf16 1.5"}
 
 
 def test_a_row_that_got_worse_is_found():
@@ -73,6 +74,39 @@ def test_steps_are_those_of_the_kernels_solver():
     few, many = (kernel_cost.solver_steps(77, 2.0, 64, 1e-4, 12, sigma) for sigma in (4.0, 0.5))
     assert 1.0 <= few < many <= 12
     assert kernel_cost.solver_steps(77, 2.0, 64, 0.0, 3, 1.0) == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "std"), ((600, 4.0), (1000, 2.0), (1024, 1.0), (1024, 4.0), (2048, 2.0), (4096, 1.0))
+)
+def test_a_streaming_start_saves_passes(keys, std):
+    from pladis_core.impl.triton import enough
+
+    query, key = torch.randn(128, 64) * std, torch.randn(keys, 64)
+    scores = query @ key.T / 8.0
+    peaks, sink = scores.clone(), scores.clone()
+    peaks[:, ::97] *= 2.0
+    sink[:, 0] = 4.0 * std
+    for rows in (scores, peaks, sink):
+        for alpha, most in ((1.25, 2.0), (1.5, 2.5), (1.75, 3.5), (2.0, 5.0)):
+            limit = enough(alpha, keys, torch.bfloat16)
+            taken = kernel_cost.streaming_steps(rows, alpha, 64, limit, 20, 64, False).float().mean()
+            from_the_peak = kernel_cost.resident_steps(rows, alpha, 64, limit, 20).float().mean()
+            assert taken <= min(most, from_the_peak), (alpha, taken, from_the_peak)
+
+
+def test_arguments_in_groups_are_specialised_member_by_member():
+    from pladis_core.impl.triton_kernel import Sizes, Tensor
+
+    half = triton.language.constexpr(0.5)
+    groups = {"Q": Tensor("*bf16:16", "i32:16", "i32:16", "i32", "1"), "any": Sizes("i32", half, "1")}
+    signature, constants, attributes = kernel_cost.specialised(groups)
+    assert signature == {
+        "Q": Tensor("*bf16", "i32", "i32", "i32", "constexpr"),
+        "any": Sizes("i32", "constexpr", "constexpr"),
+    }
+    assert constants == {(0, 4): 1, (1, 1): 0.5, (1, 2): 1}
+    assert set(attributes) == {(0, 0), (0, 1), (0, 2)}
 
 
 def test_the_branch_of_an_instruction_is_read():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 from torch.autograd import forward_ad
 
 from pladis_core import pladis_attention, pladis_correction, pladis_weights
@@ -109,6 +110,6 @@ def test_torchs_own_check_of_operators():
     for leaf in (query, query.clone().requires_grad_()):
         for mixed in (None, torch.arange(21).expand(2, 21) > 0):
             arguments = (leaf, key, value, mask, None, None, mixed, 0.3, 1.5, -1.0, 2.0, "auto")
-            torch.library.opcheck(torch.ops.pladis.attend.default, arguments)
+            library.opcheck(torch.ops.pladis.attend.default, arguments)
         for mixed in (None, torch.arange(8).expand(2, 3, 10, 8) > 0):
-            torch.library.opcheck(torch.ops.pladis.weights.default, (leaf, mixed, 1.5, -1, -1.0, 2.0))
+            library.opcheck(torch.ops.pladis.weights.default, (leaf, mixed, 1.5, -1, -1.0, 2.0))

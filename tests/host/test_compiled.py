@@ -64,6 +64,7 @@ def test_equals_the_uncompiled_model_and_follows_every_change_on_one_trace(model
         {"scale": 2.0, "end_percent": 0.5},
         {"scale": 2.0, "layers": "custom", "blocks": "m0"},
         {"scale": 2.0, "apply_to": "positive"},
+        {"scale": 2.0, "tokens": "without start token"},
     ):
         expected = tiny.sample(tiny.apply(model, **settings))
         assert_same(tiny.sample(both_orders(model, **settings)[order]), expected)

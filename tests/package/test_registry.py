@@ -155,6 +155,11 @@ def test_a_wheel_holds_every_package_of_the_core(metadata):
     assert {".".join(folder.parts) for folder in folders} == set(metadata["tool"]["setuptools"]["packages"])
 
 
+def test_a_wheel_holds_the_kernels_sources(metadata):
+    sources = {path.name for path in (ROOT / "pladis_core" / "impl").iterdir() if path.suffix in (".cpp", ".cu")}
+    assert sources == set(metadata["tool"]["setuptools"]["package-data"]["pladis_core.impl"])
+
+
 def test_the_scripts_are_served_once(metadata):
     # with WEB_DIRECTORY as well, the host would load every script twice
     assert "web" not in metadata["tool"]["comfy"]
