@@ -26,7 +26,7 @@ def arms_of(kind: str, way: str) -> tuple[str, ...]:
 def kinds_of(way: str) -> tuple[str, ...]:
     if way in STUDENT_WAYS:
         return (STUDENT,)
-    return (SHIPPED_KIND, SINK) if way == TUNED else (*SHARES, SINK)
+    return (SHIPPED_KIND,) if way == TUNED else (*SHARES, SINK)
 
 
 def about_arms(shipped: str) -> str:
@@ -40,8 +40,8 @@ def about_arms(shipped: str) -> str:
 def about_tuned(shipped: str) -> str:
     return (
         f"At tuned CFG an arm keeps the setting that was chosen at CFG 3, and its CFG alone is chosen, among "
-        f"{', '.join(f'{cfg:g}' for cfg in CFGS)}; only for {named(shipped)} and the variant with a sink, and "
-        f"only these arms: {'; '.join(AT_TUNED_CFG)}."
+        f"{', '.join(f'{cfg:g}' for cfg in CFGS)}; only for {named(shipped)}, and only these arms: "
+        f"{'; '.join(AT_TUNED_CFG)}."
     )
 
 

@@ -179,7 +179,7 @@ def test_the_model_that_ships(folder, tmp_path, monkeypatch, shares, kind):
     of = dict(zip(("noise00", "noise15", "noise30"), shares, strict=True))
 
     def scores(self, model, split, way, setting, disturbance=pictures.NONE):
-        assert (split, way, setting) == ("tune", Sampling(10, 3.0), SOFTMAX)
+        assert (split, way, setting) == ("tune", Sampling(20, 3.0), SOFTMAX)
         right = round(100 * of[model.kind])
         return [Score(1, 1, 1, None)] * right + [Score(0, 1, 1, None)] * (100 - right)
 
@@ -297,15 +297,18 @@ def test_the_program_is_the_plan_as_it_was_cut(folder, tmp_path, guesses):
     ships, full = scope.SHIPPED_KIND, {scope.SHIPPED_KIND, SINK}
     assert measured.cells.keys() == {
         *product({*SHARES, SINK}, (NO_GUIDANCE, CFG_3)), *product([STUDENT], choices.STUDENT_WAYS),
-        *product(full, [TUNED]),
+        (ships, TUNED),
     }  # fmt: skip
     few = ["softmax", "the paper", "PLADIS, chosen", "temperature"]
-    for (kind, _), cell in measured.cells.items():
-        assert list(cell.reported) == list(cell.choices) == (list(arms.ARMS) if kind in {*full, STUDENT} else few)
-    for kind, arm in product(full, arms.ARMS):
-        kept = measured.cells[kind, CFG_3].choices[arm].setting
-        tried = measured.cells[kind, TUNED].choices[arm].tried
-        assert [*tried] == [(kept, Sampling(10, cfg)) for cfg in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+    settable = [*few[:3], "tokens", "norm_cap", "temperature"]
+    for (kind, way), cell in measured.cells.items():
+        of_plan = settable if way == TUNED else list(arms.ARMS) if kind in {*full, STUDENT} else few
+        assert list(cell.reported) == list(cell.choices) == of_plan
+        assert bool(cell.advised) == (of_plan != few)
+    for arm in settable:
+        kept = measured.cells[ships, CFG_3].choices[arm].setting
+        tried = measured.cells[ships, TUNED].choices[arm].tried
+        assert [*tried] == [(kept, Sampling(20, cfg)) for cfg in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
     noises = [pictures.NONE, Disturbance("text states", 0.5), Disturbance("queries", 0.5)]
     assert measured.disturbed.keys() == set(product([ships], (NO_GUIDANCE, CFG_3), noises, few))
     # of the other shares, lambdas and temperatures; without guidance and at CFG 3
