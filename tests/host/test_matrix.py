@@ -368,15 +368,19 @@ def split(model):
     return run_node(EXTRAS + "multigpu", "MultiGPUCFGSplitNode", model=model)
 
 
-@pytest.mark.parametrize("apply_to", ("both", "positive", "negative"))
-def test_conditionings_split_among_gpus(two_devices, apply_to, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    ({}, {"apply_to": "positive"}, {"apply_to": "negative"}, {"tokens": "without start token"}),
+    ids=("default", "positive", "negative", "tokens"),
+)
+def test_conditionings_split_among_gpus(two_devices, settings, monkeypatch):
     model = tiny.patcher(**SMALL)
     model.cached_patcher_init = (lambda: tiny.patcher(**SMALL), ())
     rows = Rows(monkeypatch)
     alone, evaluations = rows.of(lambda: tiny.sample(split(model)))
     assert evaluations == [1] * 4
-    unsplit, _ = rows.of(lambda: tiny.sample(apply(model, apply_to=apply_to)))
-    for patched in (split(apply(model, apply_to=apply_to)), apply(split(model), apply_to=apply_to)):
+    unsplit, _ = rows.of(lambda: tiny.sample(apply(model, **settings)))
+    for patched in (split(apply(model, **settings)), apply(split(model), **settings)):
         image, counted = rows.of(lambda patched=patched: tiny.sample(patched))
         assert counted == evaluations
         assert relative(image, unsplit) < SAME

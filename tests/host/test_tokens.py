@@ -14,6 +14,7 @@ from comfy.ldm.modules.attention import BasicTransformerBlock
 
 import families
 import tiny
+from graph import run_node
 from pladis_pack.nodes.hosting.looking import words
 from pladis_pack.nodes.hosting.models import tokens
 from pladis_pack.nodes.hosting.models.families import TABLE, UNSUPPORTED
@@ -165,6 +166,19 @@ def test_a_batch_of_two(sd15, clip):
     model = apply(sd15, tokens=WORDS, clip=clip, prompt="a red circle")
     together = tiny.sample(model, positive, negative, batch=2)
     torch.testing.assert_close(together[:1], tiny.sample(model, positive, negative), rtol=0, atol=1e-6)
+
+
+def test_beside_a_step_cache(sd15):
+    def cached(model):
+        return run_node("comfy_extras.nodes_easycache", "EasyCacheNode", model=model, reuse_threshold=3.0)
+
+    expected = tiny.sample(cached(written_in(lambda row: [place % 77 != 0 for place in range(len(row))])), steps=10)
+    for model in (cached(apply(sd15, tokens=WITHOUT_START)), apply(cached(sd15), tokens=WITHOUT_START)):
+        ran = []
+        hook = model.model.diffusion_model.time_embed.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        torch.testing.assert_close(tiny.sample(model, steps=10), expected, rtol=0, atol=1e-5)
+        hook.remove()
+        assert 0 < len(ran) < 10
 
 
 def test_scale_0_is_off(sd15):
