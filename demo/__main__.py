@@ -30,7 +30,6 @@ from .scenes import Placed, Prompt, random_prompts
 from .vocabulary import read_caption, tokenize
 
 LAMBDAS = (0.0, 0.5, 1.0, 2.0)
-TEMPERATURE = 1.5
 # of captions and noise
 SEED = 1
 # to be read on a phone: letters of 20 pixels, pictures of 192 or more
@@ -39,18 +38,20 @@ DPI, TEXT = 140, 10.5
 
 @dataclass(frozen=True)
 class Way:
-    """A way of sampling: variant of the model, Euler steps, guidance scale."""
+    """A way of sampling: variant of the model, Euler steps, guidance scale; and the lambda that goes with `words only`
+    there, by the table in docs/evidence.md."""
 
     variant: str
     steps: int
     cfg: float
+    words_lam: float
 
     def __str__(self) -> str:
         guidance = f"CFG {self.cfg:g}" if self.cfg != 1 else "no guidance"
         return f"{self.variant} model, {self.steps} step{'s' if self.steps > 1 else ''}, {guidance}"
 
 
-WAYS = (Way("standard", 20, 1.0), Way("standard", 20, 3.0), Way("few-step", 4, 1.0))
+WAYS = (Way("standard", 20, 1.0, 2.0), Way("standard", 20, 3.0, 1.0), Way("few-step", 4, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Block:
     """What one way of sampling made: pictures[row][setting], and what the oracle sees in each."""
 
     way: Way
+    labels: list[str]
     pictures: list[np.ndarray]
     seen: list[list[list[Placed]]]
 
@@ -65,13 +67,13 @@ class Block:
 def main() -> None:
     args = _arguments()
     prompts = [read_caption(args.caption)] * args.count if args.caption else random_prompts(args.count, "report", SEED)
-    settings = _settings(args)
-    ways = _ways(args)
-    with tqdm(total=len(settings) * sum(way.steps for way in ways), desc="sampling", unit="step") as bar:
-        blocks = [_sample(way, prompts, settings, args.seed, bar) for way in ways]
+    settings = {way: _settings(args, way) for way in _ways(args)}
+    with tqdm(total=sum(way.steps * len(of_way) for way, of_way in settings.items()), desc="sampling",
+              unit="step") as bar:  # fmt: skip
+        blocks = [_sample(way, prompts, of_way, args.seed, bar) for way, of_way in settings.items()]
     for block in blocks:
-        _print(block, prompts, list(settings))
-    _draw(blocks, prompts, list(settings), args.out)
+        _print(block, prompts)
+    _draw(blocks, prompts, args.out)
     print(f"\n{args.out}")
 
 
@@ -80,7 +82,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("caption", nargs="?", help="default: the first held-out captions")
     parser.add_argument("--lambdas", type=float, nargs="+", default=LAMBDAS, help="0 is softmax (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=1.5, help="1 is softmax, 2 is sparsemax (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the control (default: %(default)s)")
+    parser.add_argument("--words-lambda", type=float, help="with `words only` (default: by way of sampling, 1 or 2)")
+    parser.add_argument("--temperature", type=float, help="also softmax with the scores times that")
     parser.add_argument("--variant", choices=VARIANTS, help="this one alone; few-step: distilled, without guidance")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the variant's own)")
     parser.add_argument("--cfg", type=float, help="guidance scale (default: the variant's own)")
@@ -99,9 +102,13 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _settings(args: argparse.Namespace) -> dict[str, TextAttention]:
+def _settings(args: argparse.Namespace, way: Way) -> dict[str, TextAttention]:
     settings = {f"lambda {lam:g}" if lam else "softmax": TextAttention(lam, args.alpha) for lam in args.lambdas}
-    return {**settings, f"temperature {args.temperature:g}": TextAttention(temperature=args.temperature)}
+    lam = way.words_lam if args.words_lambda is None else args.words_lambda
+    settings[f"lambda {lam:g}, words only"] = TextAttention(lam, args.alpha, tokens="words only")
+    if args.temperature is not None:
+        settings[f"temperature {args.temperature:g}"] = TextAttention(temperature=args.temperature)
+    return settings
 
 
 def _ways(args: argparse.Namespace) -> tuple[Way, ...]:
@@ -109,7 +116,8 @@ def _ways(args: argparse.Namespace) -> tuple[Way, ...]:
         return WAYS
     variant = args.variant or "standard"
     _, steps, cfg = VARIANTS[variant]
-    return (Way(variant, args.steps or steps, cfg if args.cfg is None else args.cfg),)
+    cfg = cfg if args.cfg is None else args.cfg
+    return (Way(variant, args.steps or steps, cfg, 2.0 if cfg == 1 and variant == "standard" else 1.0),)
 
 
 def _sample(way: Way, prompts: Sequence[Prompt], settings: dict[str, TextAttention], seed: int, bar: tqdm) -> Block:
@@ -121,16 +129,17 @@ def _sample(way: Way, prompts: Sequence[Prompt], settings: dict[str, TextAttenti
         for attention in settings.values()
     ]
     rows = [np.stack(row) for row in zip(*columns, strict=True)]
-    return Block(way, rows, [[read(picture) for picture in row] for row in rows])
+    return Block(way, list(settings), rows, [[read(picture) for picture in row] for row in rows])
 
 
-def _print(block: Block, prompts: Sequence[Prompt], labels: Sequence[str]) -> None:
-    print(f"\n{str(block.way).capitalize()}. What the oracle reads, from top to bottom of each picture:")
+def _print(block: Block, prompts: Sequence[Prompt]) -> None:
+    name = str(block.way)
+    print(f"\n{name[0].upper()}{name[1:]}. What the oracle reads, from top to bottom of each picture:")
     for prompt, row in zip(prompts, block.seen, strict=True):
         print(f"  {prompt.text}")
-        for label, objects in zip(labels, row, strict=True):
+        for label, objects in zip(block.labels, row, strict=True):
             there = ", ".join(str(placed.kind) for placed in sorted(objects, key=lambda placed: placed.y)) or "nothing"
-            print(f"    {label + ':':<17} {_verdict(prompt, objects):<18} {there}")
+            print(f"    {label + ':':<22} {_verdict(prompt, objects):<18} {there}")
 
 
 def _verdict(prompt: Prompt, objects: Sequence[Placed]) -> str:
@@ -140,9 +149,9 @@ def _verdict(prompt: Prompt, objects: Sequence[Placed]) -> str:
     return f"{result.found} of {result.named}{f' and {extra} more' if extra else ''}" if prompt.objects else ""
 
 
-def _draw(blocks: Sequence[Block], prompts: Sequence[Prompt], labels: Sequence[str], out: Path) -> None:
+def _draw(blocks: Sequence[Block], prompts: Sequence[Prompt], out: Path) -> None:
     """One part for each way of sampling: a line for each caption, a column for each setting."""
-    lines, columns = len(prompts), len(labels)
+    lines, columns = len(prompts), len(blocks[0].labels)
     figure = plt.figure(figsize=(1.9 * columns, (2.75 * lines + 0.5) * len(blocks)), layout="constrained")
     parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
     for part, block in zip(parts, blocks, strict=True):
@@ -153,7 +162,7 @@ def _draw(blocks: Sequence[Block], prompts: Sequence[Prompt], labels: Sequence[s
             for column, axis in enumerate(line.subplots(1, columns, squeeze=False)[0]):
                 axis.imshow(block.pictures[number][column])
                 axis.set(xticks=[], yticks=[])
-                axis.set_title(labels[column], fontsize=TEXT)
+                axis.set_title(block.labels[column], fontsize=TEXT)
                 axis.set_xlabel(_verdict(prompts[number], block.seen[number][column]), fontsize=TEXT, labelpad=2)
     figure.savefig(out, dpi=DPI)
     plt.close(figure)

@@ -10,6 +10,7 @@ import torch
 from .attention import TextAttention
 from .model import autoencoder, encode_text, load, text_encoder, unet
 from .sampling import euler, guided
+from .vocabulary import split_words
 
 # name: (file in demo/weights, steps, CFG) that the model is made for
 VARIANTS = {"standard": ("unet", 20, 3.0), "few-step": ("unet_few_step", 4, 1.0)}
@@ -53,8 +54,10 @@ class Pipeline:
         """
         text = encode_text(self.text_encoder, captions)
         empty = encode_text(self.text_encoder, [""]).expand_as(text)
-        velocity = guided(self.unet, text, empty, self.cfg if cfg is None else cfg)
-        with (attention or TextAttention()).on(self.unet):
+        cfg = self.cfg if cfg is None else cfg
+        velocity = guided(self.unet, text, empty, cfg)
+        words = [len(split_words(caption)) for caption in captions]
+        with (attention or TextAttention()).on(self.unet, words if cfg == 1 else words + [0] * len(words)):
             return euler(velocity, noise.to(self.device), steps or self.steps, callback)
 
     @torch.no_grad()
