@@ -43,6 +43,7 @@ def apply_pladis(
     alpha: float = 1.5,
     layers: str | Sequence[str] = "all",
     norm_cap: float = 0.0,
+    mix_mask: torch.Tensor | None = None,
 ) -> PladisHandle:
     """Puts PLADIS (https://arxiv.org/abs/2503.07677, eq. 11) into the text attention of a diffusers model.
 
@@ -56,17 +57,20 @@ def apply_pladis(
         layers: "all", as the paper; "down + up" (of a U-Net, without the middle block, as the authors' code); or
             patterns of module paths, such as "up_blocks.*" or ["transformer_blocks.1?.attn2"].
         norm_cap: above 0, an attention output is at most so many times as long as without PLADIS. 0: no limit.
+        mix_mask: (B, L) or (1, L) boolean, over the L tokens of the text: those that are mixed, for instance without
+            start token and padding. The others keep their softmax weights. B is the network's batch: with guidance,
+            most pipelines' negative prompts and then the prompts.
 
     Returns:
-        A handle: `.remove()` undoes it, as does leaving `with apply_pladis(...)`; `.lam`, `.alpha` and `.norm_cap` may
-        be set between steps, `.layers` are the paths of the modules.
+        A handle: `.remove()` undoes it, as does leaving `with apply_pladis(...)`; `.lam`, `.alpha`, `.norm_cap` and
+        `.mix_mask` may be set between steps, `.layers` are the paths of the modules.
 
     Raises:
         ValueError: a class of network, or of attention processor, that is not known; layers that fit nothing; a value
             out of range; a model that has PLADIS already.
     """
     networks = _networks(model_or_pipeline)
-    settings = _checked(lam, alpha, norm_cap)
+    settings = _checked(Settings(lam, alpha, norm_cap, mix_mask))
     chosen = []
     for network in networks:
         if network in _handles:
@@ -118,7 +122,7 @@ class PladisHandle:
 
     @lam.setter
     def lam(self, lam: float) -> None:
-        self._settings = _checked(lam, self.alpha, self.norm_cap)
+        self._settings = _checked(self._settings._replace(lam=lam))
 
     @property
     def alpha(self) -> float:
@@ -126,7 +130,7 @@ class PladisHandle:
 
     @alpha.setter
     def alpha(self, alpha: float) -> None:
-        self._settings = _checked(self.lam, alpha, self.norm_cap)
+        self._settings = _checked(self._settings._replace(alpha=alpha))
 
     @property
     def norm_cap(self) -> float:
@@ -134,7 +138,15 @@ class PladisHandle:
 
     @norm_cap.setter
     def norm_cap(self, norm_cap: float) -> None:
-        self._settings = _checked(self.lam, self.alpha, norm_cap)
+        self._settings = _checked(self._settings._replace(norm_cap=norm_cap))
+
+    @property
+    def mix_mask(self) -> torch.Tensor | None:
+        return self._settings.mix_mask
+
+    @mix_mask.setter
+    def mix_mask(self, mix_mask: torch.Tensor | None) -> None:
+        self._settings = _checked(self._settings._replace(mix_mask=mix_mask))
 
     def remove(self) -> None:
         """The networks are as they were; a second time, nothing happens."""
@@ -186,11 +198,14 @@ def _layers_of(network: nn.Module, layers: str | Sequence[str]) -> tuple[Family,
     return family, modules
 
 
-def _checked(lam: float, alpha: float, norm_cap: float) -> Settings:
-    _check_mix(lam, alpha)
-    if not 0.0 <= norm_cap < float("inf"):
-        raise ValueError(f"norm_cap must be 0 (no limit) or a finite number above 0, not {norm_cap}")
-    return Settings(lam, alpha, norm_cap)
+def _checked(settings: Settings) -> Settings:
+    _check_mix(settings.lam, settings.alpha)
+    if not 0.0 <= settings.norm_cap < float("inf"):
+        raise ValueError(f"norm_cap must be 0 (no limit) or a finite number above 0, not {settings.norm_cap}")
+    mask = settings.mix_mask
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim != 2):
+        raise ValueError(f"mix_mask must be boolean (B, L), not {mask.dtype} {tuple(mask.shape)}")
+    return settings
 
 
 def _check_processor(family: Family, module: nn.Module, path: str) -> None:

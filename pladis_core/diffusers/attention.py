@@ -23,6 +23,7 @@ class Settings(NamedTuple):
     lam: float
     alpha: float
     norm_cap: float
+    mix_mask: torch.Tensor | None = None
 
 
 class TextAttention(TorchFunctionMode):
@@ -71,14 +72,14 @@ class TextAttention(TorchFunctionMode):
         return queries == keys == self.row.length
 
     def _whole_rows(self, dense, query, key, value, mask, scale, gqa) -> torch.Tensor:
-        lam, alpha, cap = self.settings
-        options = {"lam": lam, "alpha": alpha, "enable_gqa": gqa}
+        lam, alpha, cap, _ = self.settings
+        options = {"lam": lam, "alpha": alpha, "mix_mask": self._mix_mask(key), "enable_gqa": gqa}
         if not cap:
             return pladis_attention(query, key, value, mask, scale, **options)
         return add_capped(dense(), pladis_correction(query, key, value, mask, scale, **options), cap)
 
     def _joint(self, row: Row, dense, query, key, value, mask, scale, gqa) -> torch.Tensor:
-        lam, alpha, cap = self.settings
+        lam, alpha, cap, _ = self.settings
         text, image = row.text, row.image
         lengths = None if row.lengths is None else row.lengths.to(query.device)[:, None, None, None]
         with_lse = attention_with_lse(query, key, value, mask, scale, enable_gqa=gqa)
@@ -91,14 +92,19 @@ class TextAttention(TorchFunctionMode):
         if lengths is not None:
             text_mask = _and(text_mask, _text_columns(row, lengths), query.dtype)
         correction = joint_correction(
-            queries, key[:, :, text], value[:, :, text], lse, text_mask, scale, lam=lam, alpha=alpha, enable_gqa=gqa
-        )
+            queries, key[:, :, text], value[:, :, text], lse, text_mask, scale, lam=lam, alpha=alpha,
+            mix_mask=self._mix_mask(key), enable_gqa=gqa,
+        )  # fmt: skip
         if lengths is not None:
             # the longer prompts' text is not the image's
             correction = correction.masked_fill(~_image_rows(row, lengths), 0.0)
         kept = out[:, :, image]
         out[:, :, image] = add_capped(kept, correction, cap) if cap else kept + correction
         return out
+
+    def _mix_mask(self, key: torch.Tensor) -> torch.Tensor | None:
+        mix_mask = self.settings.mix_mask
+        return None if mix_mask is None else mix_mask.to(key.device)
 
 
 def _text_columns(row: Row, lengths: torch.Tensor) -> torch.Tensor:

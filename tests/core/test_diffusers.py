@@ -33,8 +33,8 @@ def equation(query, key, value, mask, scale, text, image, lam, alpha) -> torch.T
 class ByHand:
     """torch's attention, but the equation where text is; counts those."""
 
-    def __init__(self, row: str | None, lam: float, alpha: float, cap: float = 0.0):
-        self.row, self.lam, self.alpha, self.cap, self.texts = row, lam, alpha, cap, 0
+    def __init__(self, row: str | None, lam: float, alpha: float, cap: float = 0.0, mixed: torch.Tensor | None = None):
+        self.row, self.lam, self.alpha, self.cap, self.mixed, self.texts = row, lam, alpha, cap, mixed, 0
 
     def __call__(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **others):
         dense = DENSE(query, key, value, attn_mask, scale=scale, **others)
@@ -42,7 +42,13 @@ class ByHand:
         if place is None:
             return dense
         self.texts += 1
-        out = equation(query, key, value, attn_mask, scale, *place, self.lam, self.alpha)
+        text, image = place
+        if self.mixed is not None:
+            # (B, 1, 1, Lk): what is not mixed is as any key that is no text
+            of_text = text[0, 0, 0]
+            text = torch.zeros(text.shape, dtype=torch.bool)
+            text[:, 0, 0, of_text] = self.mixed
+        out = equation(query, key, value, attn_mask, scale, text, image, self.lam, self.alpha)
         if self.cap:
             length = self.cap * dense.norm(dim=-1, keepdim=True).double()
             capped = out * (length / out.norm(dim=-1, keepdim=True)).clamp(max=1.0)
@@ -56,9 +62,11 @@ def run(model, inputs) -> torch.Tensor:
     return model(**inputs, return_dict=False)[0]
 
 
-def by_hand(monkeypatch, model, inputs, row=None, lam=2.0, alpha=1.5, cap=0.0) -> tuple[torch.Tensor, int]:
+def by_hand(
+    monkeypatch, model, inputs, row=None, lam=2.0, alpha=1.5, cap=0.0, mixed=None
+) -> tuple[torch.Tensor, int]:
     with monkeypatch.context() as patch:
-        attention = ByHand(row, lam, alpha, cap)
+        attention = ByHand(row, lam, alpha, cap, mixed)
         patch.setattr(functional, "scaled_dot_product_attention", attention)
         return run(model, inputs), attention.texts
 
@@ -90,6 +98,29 @@ def test_other_settings(name, lam, alpha, cap, monkeypatch):
     expected, _ = by_hand(monkeypatch, model, inputs, case.row, lam, alpha, cap)
     with apply_pladis(model, lam, alpha, norm_cap=cap):
         torch.testing.assert_close(run(model, inputs), expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("cap", (0.0, 1.1))
+@pytest.mark.parametrize("name", ("SDXL", "PixArt", "Flux", "SD3"))
+def test_some_of_the_texts_tokens(name, cap, monkeypatch):
+    model, case = network(name), CASES[name]
+    inputs = case.inputs(2)
+    mixed = torch.tensor([[0, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    expected, _ = by_hand(monkeypatch, model, inputs, case.row, cap=cap, mixed=mixed)
+    with apply_pladis(model, norm_cap=cap) as handle:
+        of_all = run(model, inputs)
+        handle.mix_mask = mixed
+        tolerance = 1e-3 * float((of_all - expected).abs().max())
+        assert tolerance > 1e-7
+        torch.testing.assert_close(run(model, inputs), expected, atol=tolerance, rtol=0)
+        handle.mix_mask = None
+        assert torch.equal(run(model, inputs), of_all)
+        for wrong in (mixed.float(), mixed[0]):
+            with pytest.raises(ValueError, match="mix_mask must be boolean"):
+                handle.mix_mask = wrong
+        handle.mix_mask = mixed[:, 1:]
+        with pytest.raises(ValueError, match="mix_mask"):
+            run(model, inputs)
 
 
 @pytest.mark.parametrize("name", ("PixArt", "Qwen-Image", "Lumina 2"))
