@@ -193,7 +193,7 @@ def measure(case: Case, sigma: float = 1.0) -> Row:
     tiles = -(-case.keys // tile.BLOCK_K)
     resident = tile.N > 0
     steps = solver_steps(
-        case.keys, case.alpha, tile.BLOCK_Q, plan.solver.enough, plan.solver.steps, sigma,
+        case.keys, case.alpha, tile.BLOCK_Q, plan.solver.tolerance, plan.solver.steps, sigma,
         0 if resident else tile.BLOCK_K, case.dtype == "fp32",
     )  # fmt: skip
     if gpu.backend == "cuda":
@@ -220,7 +220,8 @@ def measure(case: Case, sigma: float = 1.0) -> Row:
 
 @lru_cache
 def solver_steps(
-    keys: int, alpha: float, block_q: int, enough: float, most: int, sigma: float, block_k: int = 0, exact: bool = False
+    keys: int, alpha: float, block_q: int, tolerance: float, most: int, sigma: float, block_k: int = 0,
+    exact: bool = False,
 ) -> float:
     """Steps of the kernel's solver until the slowest row of a tile is done: the mean over tiles of Gaussian scores.
 
@@ -228,11 +229,11 @@ def solver_steps(
     """
     scores = torch.randn(SAMPLE_ROWS, keys, generator=torch.Generator().manual_seed(0)) * sigma
     steps = streaming_steps if block_k else resident_steps
-    taken = steps(scores, alpha, block_q, enough, most, *((block_k, exact) if block_k else ()))
+    taken = steps(scores, alpha, block_q, tolerance, most, *((block_k, exact) if block_k else ()))
     return float(taken.float().mean())
 
 
-def resident_steps(scores: torch.Tensor, alpha: float, block_q: int, enough: float, most: int) -> torch.Tensor:
+def resident_steps(scores: torch.Tensor, alpha: float, block_q: int, tolerance: float, most: int) -> torch.Tensor:
     """(tiles,) of scores (rows, keys): steps that the resident form takes, as `impl/triton_kernel.py` has it."""
     b = alpha - 1.0
     scores = scores - scores.amax(1, keepdim=True)
@@ -241,7 +242,7 @@ def resident_steps(scores: torch.Tensor, alpha: float, block_q: int, enough: flo
     for done in range(1, most + 1):
         total, slope = _sums(scores, u, b)
         step = -torch.expm1(-b * total.log()) * total / (b * slope)
-        taken[(step[:, 0] <= enough) & (taken == most)] = done
+        taken[(step[:, 0] <= tolerance) & (taken == most)] = done
         u += step.clamp(min=0.0)
         if (taken < most).all():
             break
@@ -249,7 +250,7 @@ def resident_steps(scores: torch.Tensor, alpha: float, block_q: int, enough: flo
 
 
 def streaming_steps(
-    scores: torch.Tensor, alpha: float, block_q: int, enough: float, most: int, block_k: int, exact: bool
+    scores: torch.Tensor, alpha: float, block_q: int, tolerance: float, most: int, block_k: int, exact: bool
 ) -> torch.Tensor:
     """The same of the streaming form: `_started` and the loop of `streaming_kernel`. exact: of float32."""
     b = alpha - 1.0
@@ -286,11 +287,11 @@ def streaming_steps(
         step = step.maximum(-u).minimum(farthest - u)
         far = step.maximum(-3.0 * step)
         if bent:
-            far = far.minimum(step * step * before * (enough / 2e-5))
+            far = far.minimum(step * step * before * (tolerance / 2e-5))
             before = step.abs()
         u = u + step
         taken += left
-        left &= (far > enough).view(-1, block_q).any(1)
+        left &= (far > tolerance).view(-1, block_q).any(1)
         if not left.any():
             break
     return taken

@@ -41,7 +41,7 @@ def measure(target: str, keys: int, width: int, dtype: str, alpha: float, mask: 
     code, registers, stack = nvidia_code(cubin, "pladis_rows")
     settings = nvrtc.numbers(keys, width**-0.5, alpha, -1.0, 2.0, kind)
     rows_of_warp = 32 // variant.lanes
-    steps = solver_steps(keys, alpha, rows_of_warp, settings["enough"], settings["steps"], 1.0)
+    steps = solver_steps(keys, alpha, rows_of_warp, settings["tolerance"], settings["steps"], 1.0)
     executed = weighted(code, steps, 1)
     heads, queries = PROBLEMS[keys, width]
     scores, size = heads * queries * keys, kind.itemsize

@@ -65,7 +65,7 @@ typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias))
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 // mirrored by cpu.py, field by field; strides in elements, the last dimension of query and out contiguous
-// rise, enough, squarings, quick: cpu.py
+// rise, tolerance, squarings, quick: cpu.py
 struct Problem {
     const float *query;    // [batch, heads, queries, width], strided
     const float *key;      // [batch, kv_heads, keys, width]
@@ -78,7 +78,7 @@ struct Problem {
     int64_t batch, heads, kv_heads, queries, keys, width, value_width, columns;
     int64_t query_stride[3], mask_stride[4], row_lse_stride[3], out_stride[3];
     int64_t steps, threads, squarings;
-    float alpha, dense, sparse, rise, enough, quick[QUICK_TERMS];
+    float alpha, dense, sparse, rise, tolerance, quick[QUICK_TERMS];
 };
 
 // below the first, 1 + x forgets digits of x that entmax near softmax needs; below the second, those of first steps too
@@ -308,9 +308,9 @@ static vec start(const Problem &p, const vec *s) {
 // Newton's method from the left of the root comes to its right by rounding alone. A cluster of keys may have dropped
 // out there, and a step that counts the rest would be wrong for all: a short one leads back to where the next is the
 // last
-static inline vec back_a_little(const Problem &p, vec step) { return at_least(step, -0.7f * p.enough); }
+static inline vec back_a_little(const Problem &p, vec step) { return at_least(step, -0.7f * p.tolerance); }
 static inline bool far_from_root(const Problem &p, vec step) {
-    return any_above(larger(step, step * -2.0f), p.enough);
+    return any_above(larger(step, step * -2.0f), p.tolerance);
 }
 
 // a threshold, a last step that adding to it would round, and for sparsemax the number of keys that the step counted

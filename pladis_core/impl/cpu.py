@@ -46,7 +46,7 @@ class Problem(ctypes.Structure):
         ]
         + [(name, ctypes.c_int64 * n) for name, n in (("query_stride", 3), ("mask_stride", 4), ("row_lse_stride", 3))]
         + [("out_stride", ctypes.c_int64 * 3), *((name, ctypes.c_int64) for name in ("steps", "threads", "squarings"))]
-        + [(name, ctypes.c_float) for name in ("alpha", "dense", "sparse", "rise", "enough")]
+        + [(name, ctypes.c_float) for name in ("alpha", "dense", "sparse", "rise", "tolerance")]
         + [("quick", ctypes.c_float * QUICK_TERMS)]
     )
 
@@ -56,7 +56,7 @@ class Solver(NamedTuple):
 
     steps: int  # from left of the root, whatever the scores
     rise: float  # of the mean score, to a threshold left of the root plus p; of 0, to one right of it plus p
-    enough: float  # a step below it leaves less than float's rounding
+    tolerance: float  # a step below it leaves less than float's rounding
     squarings: int  # of x, before the polynomial of x ...
     quick: tuple[float, ...]  # ... of these coefficients, which is near x^(p - 1) on [0, 1]: for first steps
 
@@ -69,10 +69,10 @@ def solver(alpha: float, keys: int) -> Solver:
     squarings = max(0, math.ceil(math.log2(power / 4.5))) if power > 0.0 else 0
     # a weight errs by up to the min(p, 2)th power of the step, a sum by that of all keys. The floor is for alpha near
     # 2, where thresholds have no finer digits
-    enough = max(3e-7, (8e-7 / keys) ** max(b, 0.5))
+    tolerance = max(3e-7, (8e-7 / keys) ** max(b, 0.5))
     rise = -math.expm1(-b * math.log(keys)) / b
     quick = _near_power(power / 2**squarings)
-    return Solver(newton_steps(keys, alpha, torch.float32), rise, enough, squarings, quick)
+    return Solver(newton_steps(keys, alpha, torch.float32), rise, tolerance, squarings, quick)
 
 
 def _near_power(power: float) -> tuple[float, ...]:
@@ -219,7 +219,7 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
         (ctypes.c_int64 * 3)(*(() if row_lse is None else row_lse.stride()[:3])),
         (ctypes.c_int64 * 3)(*out.stride()[:3]),
         newton.steps, torch.get_num_threads(), newton.squarings,
-        alpha, dense, sparse, newton.rise, newton.enough, (ctypes.c_float * QUICK_TERMS)(*newton.quick),
+        alpha, dense, sparse, newton.rise, newton.tolerance, (ctypes.c_float * QUICK_TERMS)(*newton.quick),
     )  # fmt: skip
     if loop.pladis_attend(ctypes.byref(problem)):
         raise MemoryError("PLADIS attention on the CPU ran out of memory")

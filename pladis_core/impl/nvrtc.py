@@ -69,7 +69,7 @@ class Rows(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("rows", "queries", "keys", "steps", "mass_kind", "divided")),
-        *((name, ctypes.c_float) for name in ("scale", "b", "enough", "dense", "sparse", "factor")),
+        *((name, ctypes.c_float) for name in ("scale", "b", "tolerance", "dense", "sparse", "factor")),
         *((name, ctypes.c_longlong) for name in ("mask_h", "mask_q", "mask_k", "mixed_k", "mass_h", "mass_q")),
     ]
 
@@ -216,7 +216,7 @@ def _numbers(
     lean = dtype != torch.float32
     whole, mix = dense + sparse, Mix.of(dense, sparse)
     return tuple({
-        "scale": scale, "b": alpha - 1.0, "steps": steps, "enough": 1e-6 if lean else 3e-7,
+        "scale": scale, "b": alpha - 1.0, "steps": steps, "tolerance": 1e-6 if lean else 3e-7,
         "dense": mix.dense, "sparse": mix.sparse, "factor": mix.factor,
         "divided": lean and abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole),
     }.items())  # fmt: skip

@@ -47,7 +47,7 @@ struct Rows {
     int mass_kind;                     // 0 none, 1 given, 2 from the log-sum-exp of a longer row
     int divided;                       // whether the rounded weights are made to sum to dense + sparse
     float scale, b;
-    float enough;                      // a step below it is not felt
+    float tolerance;                   // a step below it is not felt
     float dense, sparse, factor;       // weights are factor * (dense * softmax + sparse * entmax)
     long long mask_h, mask_q, mask_k;  // strides of the additive mask
     long long mixed_k;                 // stride of the keys that are mixed
@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) pladis_rows(
         // sparsemax also goes on after a step back by more than a last digit, as in impl/triton_kernel.py
         const float far = ALPHA == 20 ? fmaxf(step, -3.0f * step) : step;
         // a warp goes on until all its rows are done
-        if (__all_sync(0xffffffffu, !(far > s.enough))) break;
+        if (__all_sync(0xffffffffu, !(far > s.tolerance))) break;
     }
 
     float surplus = 0.0f;

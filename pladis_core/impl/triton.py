@@ -121,7 +121,7 @@ def configuration(queries: int, keys: int, width: int, dtype: torch.dtype, wave:
     return Tile(min(block_q, fewest), block_k, number, block_d, block_v, 2), warps
 
 
-def enough(alpha: float, keys: int, dtype: torch.dtype) -> float:
+def tolerance(alpha: float, keys: int, dtype: torch.dtype) -> float:
     """A step below it leaves less than weights of `dtype` show: they err by its min(p, 2)th power."""
     if dtype == torch.float32:
         return max(3e-7, (8e-7 / keys) ** max(alpha - 1.0, 0.5))
@@ -187,7 +187,7 @@ def plan(
     return Plan(
         resident_kernel if resident else streaming_kernel,
         Scale(scale, gain, limit, mask_min),
-        Solver(steps, start, -math.expm1(-b * math.log(keys)) / b, b, enough(alpha, keys, dtype)),
+        Solver(steps, start, -math.expm1(-b * math.log(keys)) / b, b, tolerance(alpha, keys, dtype)),
         Weights(weights.dense, weights.sparse, weights.factor, torch.finfo(dtype).max),
         tile,
         (How(*map(tl.constexpr, how)), Tile(*map(tl.constexpr, tile))),

@@ -2,8 +2,8 @@
 
 A program owns a tile of queries of one head. In the resident form all scores of the tile stay in registers; in the
 streaming form they are recomputed tile by tile, once per step of the solver. The threshold is solved by Newton's method
-on the p-norm, as in `impl/eager.py`, until no row of the tile moves by more than `enough` or `steps` are done. Nothing
-is read back by the host.
+on the p-norm, as in `impl/eager.py`, until no row of the tile moves by more than `tolerance` or `steps` are done.
+Nothing is read back by the host.
 
 With b = alpha - 1, p = 1 / b, scores c <= 0 whose maximum is 0, and r_i = [1 + b (c_i - u)]_+, entmax is r^p for the u
 at which sum r^p = 1. As u >= 0, r never exceeds 1: saturation, which GPUs give with a product and sum, is all that
@@ -71,7 +71,7 @@ class Solver(NamedTuple):
     start: Any  # u, at least
     most: Any  # u of equal scores, beyond which no root lies
     b: Any  # alpha - 1
-    enough: Any  # a step below it is the last
+    tolerance: Any  # a step below it is the last
 
 
 class Weights(NamedTuple):
@@ -365,7 +365,7 @@ def _newton_step(total, slope, back, b, HOW):
 
 @triton.jit
 def _far(step, HOW):
-    """What a step is to `enough`.
+    """What a step is to `tolerance`.
 
     Exact sparsemax also goes on after a step back by more than a last digit: where the first sums, large and rounded,
     led so far right of the root that a cluster of keys dropped out, it takes another step to count them.
@@ -375,8 +375,8 @@ def _far(step, HOW):
 
 @triton.jit
 def _steps_left(far, left, solver):
-    """One fewer, and none where no row of the tile moves by more than `enough`."""
-    return tl.where(tl.max(far, 0) > solver.enough, left - 1, 0)
+    """One fewer, and none where no row of the tile moves by more than `tolerance`."""
+    return tl.where(tl.max(far, 0) > solver.tolerance, left - 1, 0)
 
 
 @triton.jit
@@ -576,10 +576,10 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
     peak = tl.full((TILE.BLOCK_Q,), -1.0, tl.float32) * scale.limit
     centre = peak
     for i in tl.static_range(0, TILE.N):
-        own = cols + i * TILE.BLOCK_K
-        s = _finished_scores(scores[i], Mask, rows, own, sizes, scale, i < TILE.N - 1, HOW)
+        here = cols + i * TILE.BLOCK_K
+        s = _finished_scores(scores[i], Mask, rows, here, sizes, scale, i < TILE.N - 1, HOW)
         if HOW.MIX:
-            part = part + (_part(Mix, own, sizes),)
+            part = part + (_part(Mix, here, sizes),)
             centre = tl.maximum(centre, tl.max(tl.where(part[i], s, -float("inf")), 1))
         else:
             part = part + (True,)
@@ -764,7 +764,7 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
         far = tl.maximum(step, -3.0 * step)
         if BENT:
             # what is left after a bent step is of third order
-            far = tl.minimum(far, step * step * before * (solver.enough / 2e-5))
+            far = tl.minimum(far, step * step * before * (solver.tolerance / 2e-5))
             before = tl.abs(step)
         left = _steps_left(far, left, solver)
         back = tl.minimum(back, ROUNDING)
@@ -780,8 +780,8 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
         c = _centred(s, centre, gain, HOW.EXACT)
         w = _mixed(_entmax(c, found, b, part, HOW), c, part, shares, weights, HOW)
         w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
-        own = _clamped(_range(first, TILE.BLOCK_K, HOW), sizes, HOW)
-        v = _values(V, own, dims, sizes, True, HOW)  # (BLOCK_K, BLOCK_D)
+        cols = _clamped(_range(first, TILE.BLOCK_K, HOW), sizes, HOW)
+        v = _values(V, cols, dims, sizes, True, HOW)  # (BLOCK_K, BLOCK_D)
         out = _dot(w, v, out)
     factor = _row_factor(Mass, rows, peak * (gain * LN_2), dense_sum, weight_sums, sizes, weights, HOW)
     _store(Out, rows, (out,), factor, sizes, weights, HOW, TILE.BLOCK_D)

@@ -80,7 +80,7 @@ def test_steps_are_those_of_the_kernels_solver():
     ("keys", "std"), ((600, 4.0), (1000, 2.0), (1024, 1.0), (1024, 4.0), (2048, 2.0), (4096, 1.0))
 )
 def test_a_streaming_start_saves_passes(keys, std):
-    from pladis_core.impl.triton import enough
+    from pladis_core.impl.triton import tolerance
 
     query, key = torch.randn(128, 64) * std, torch.randn(keys, 64)
     scores = query @ key.T / 8.0
@@ -89,7 +89,7 @@ def test_a_streaming_start_saves_passes(keys, std):
     sink[:, 0] = 4.0 * std
     for rows in (scores, peaks, sink):
         for alpha, most in ((1.25, 2.0), (1.5, 2.5), (1.75, 3.5), (2.0, 5.0)):
-            limit = enough(alpha, keys, torch.bfloat16)
+            limit = tolerance(alpha, keys, torch.bfloat16)
             taken = kernel_cost.streaming_steps(rows, alpha, 64, limit, 20, 64, False).float().mean()
             from_the_peak = kernel_cost.resident_steps(rows, alpha, 64, limit, 20).float().mean()
             assert taken <= min(most, from_the_peak), (alpha, taken, from_the_peak)
