@@ -59,7 +59,9 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"captions to report on, robustness to noise on the first {ROBUSTNESS_CAPTIONS} (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--caption-seed", type=int, default=CAPTION_SEED, help="of both (default: %(default)s)")
-    parser.add_argument("--precise", action="store_true", help="float32; else bfloat16 where the CPU has it")
+    parser.add_argument("--precise", action="store_true", help="float32; else bfloat16 where the device has it")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that draw (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="that draws (default: %(default)s)")
     parser.add_argument("--forecast", action="store_true", help="say how long it will take, and stop")
     parser.add_argument("--out", type=Path, default=Path("alignment"), help="folder of scores, tables.json, tables.md")
 

@@ -28,13 +28,13 @@ class Rows:
     query_noise: float = 0.0
     generator: torch.Generator | None = None
 
-    def mixed(self, tokens: str) -> torch.Tensor | None:
+    def mixed(self, tokens: str, device: torch.device | str = "cpu") -> torch.Tensor | None:
         """(rows, 77): which keys are mixed; None for all."""
         if tokens == "all":
             return None
         place = torch.arange(LENGTH)
         last = LENGTH if tokens == "without start token" else torch.tensor(self.words)[:, None] + 1
-        return ((place > 0) & (place < last)).expand(len(self.words), -1)
+        return ((place > 0) & (place < last)).expand(len(self.words), -1).to(device)
 
 
 class ArmAttention:
@@ -44,10 +44,10 @@ class ArmAttention:
         group: of GROUPS, that the layer belongs to.
     """
 
-    def __init__(self, setting: Setting, group: str, rows: Rows) -> None:
+    def __init__(self, setting: Setting, group: str, rows: Rows, device: torch.device | str = "cpu") -> None:
         self.setting, self.rows = setting, rows
         self.temperature = setting.temperatures[GROUPS.index(group)]
-        self.mixed = rows.mixed(setting.tokens)
+        self.mixed = rows.mixed(setting.tokens, device)
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         """diffusers' processor, as demo/attention.py has it."""
@@ -111,6 +111,6 @@ def put(unet: UNet2DConditionModel, setting: Setting, rows: Rows) -> None:
     dense = SoftmaxAttention()
 
     def chosen(name: str):
-        return ArmAttention(setting, BLOCKS[name.split(".")[0]], rows) if ".attn2." in name else dense
+        return ArmAttention(setting, BLOCKS[name.split(".")[0]], rows, unet.device) if ".attn2." in name else dense
 
     unet.set_attn_processor({name: chosen(name) for name in unet.attn_processors})

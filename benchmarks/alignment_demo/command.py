@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from . import PARTS, scope
 from .choices import ships_by_rule
 from .measure import measure
 from .models import Models, find
+from .parallel import draw_ahead, forecast
 from .regime import figures
 from .results import results
-from .scorers import Captions, Drawn, Forecast, unit_costs
+from .scorers import Captions, Drawn, unit_costs
 from .store import Store
 from .tables import about_shipped, markdown
 
@@ -29,24 +31,21 @@ def run(args: argparse.Namespace) -> None:
         print(f"skipped: {name}: {reason}", flush=True)
     if not models.measured:
         raise ValueError(f"none of the models is in {args.trained}: train them with python -m demo.train")
-    drawn = Drawn(Captions(args.tune, args.report, args.caption_seed), Store(args.out / "scores"), args.precise)
-    work = forecast(drawn, models, args.parts)
+    captions = Captions(args.tune, args.report, args.caption_seed)
+    drawn = Drawn(captions, Store(args.out / "scores"), args.precise, args.device)
+    if args.precise:
+        torch.backends.cudnn.allow_tf32 = False
+    work = forecast(drawn, models, args.parts).work
     if work:
         _print_scope(drawn.captions, args.parts)
         _print_forecast(work, *unit_costs(drawn, models.there[models.measured[0]]))
     if not args.forecast:
         with tqdm(total=sum(pictures for _, pictures in work.values()), unit="picture", mininterval=10) as bar:
+            if args.jobs > 1:
+                draw_ahead(drawn, models, args.parts, args.jobs, bar.update)
             drawn.done = bar.update
             result = tabulate(drawn, models, args.parts)
         write(args.out, result)
-
-
-def forecast(drawn: Drawn, models: Models, parts: Sequence[str]) -> dict[str, list[int]]:
-    """Network evaluations and pictures that are still to come, for each model."""
-    guess = Forecast(drawn)
-    measure(guess, models, parts)
-    ships_by_rule(guess, models)
-    return guess.work
 
 
 def _print_scope(captions: Captions, parts: Sequence[str]) -> None:

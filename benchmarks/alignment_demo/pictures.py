@@ -54,13 +54,14 @@ class Studio:
     """One trained model, ready to draw.
 
     Args:
-        precise: float32 throughout; else bfloat16 where the CPU has it, as in training.
+        precise: float32 throughout; else bfloat16 where the device has it, as in training.
+        device: that draws; noise is drawn on the CPU all the same.
     """
 
-    def __init__(self, model: Trained, precise: bool = False) -> None:
-        options = Options(model.folder, 0, model.seed, 0, "cpu")
-        self.model, self.precise = model, precise
-        self.unet = unet().eval().requires_grad_(False)
+    def __init__(self, model: Trained, precise: bool = False, device: str = "cpu") -> None:
+        options = Options(model.folder, 0, model.seed, 0, device)
+        self.model, self.precise, self.device = model, precise, device
+        self.unet = unet().to(device).eval().requires_grad_(False)
         self.unet.load_state_dict(model.weights)
         self.text_encoder, self.autoencoder = load_text_encoder(options), load_autoencoder(options)
         self.states: dict[str, torch.Tensor] = {"": encode_text(self.text_encoder, [""])[0]}
@@ -90,7 +91,7 @@ class Studio:
     @torch.no_grad()
     def draw(self, captions: Sequence[str], way: Sampling, setting: Setting, disturbance: Disturbance = NONE) -> list:
         """Pictures (64, 64, 3) uint8."""
-        start = torch.cat([starting_noise(caption, self.model.seed) for caption in captions])
+        start = torch.cat([starting_noise(caption, self.model.seed) for caption in captions]).to(self.device)
         words = [len(split_words(caption)) for caption in captions]
         text = self._text(captions)
         queries = disturbance.level if disturbance.where == "queries" else 0.0
@@ -98,7 +99,7 @@ class Studio:
             text = disturbed(text, captions, words, disturbance.level, self.model.seed)
         generator = torch.Generator().manual_seed(seed_of(captions[0], self.model.seed, "queries"))
         put(self.unet, setting, Rows(words + [0] * len(words) * (way.cfg != 1), queries, generator))
-        with torch.autocast("cpu", torch.bfloat16, enabled=False) if self.precise else mixed("cpu"):
+        with torch.autocast(self.device, enabled=False) if self.precise else mixed(self.device):
             velocity = sampling.guided(self.unet, text, self.states[""].expand_as(text), way.cfg)
             latents = sampling.euler(lambda x, sigma: velocity(x, sigma).float(), start, way.steps)
             return to_pictures(self.autoencoder.decode(latents).sample)
@@ -128,5 +129,6 @@ def disturbed(
     for row, caption, count in zip(text, captions, words, strict=True):
         states = row[1 : count + 1]
         generator = torch.Generator().manual_seed(seed_of(caption, seed, "text states"))
-        states += level * states.square().mean().sqrt() * torch.randn(states.shape, generator=generator)
+        noise = torch.randn(states.shape, generator=generator).to(states.device)
+        states += level * states.square().mean().sqrt() * noise
     return text

@@ -19,6 +19,9 @@ from .models import Trained
 from .pictures import BATCH, NONE, Disturbance, Sampling, Studio
 from .store import Store
 
+# model, split, sampling, setting, disturbance
+Asked = tuple[Trained, str, Sampling, Setting, Disturbance]
+
 
 class Captions:
     """True captions of the two splits; "robustness" is the first part of "report".
@@ -50,13 +53,16 @@ class Drawn:
     captions: Captions
     store: Store
     precise: bool = False
+    device: str = "cpu"
     done: Callable[[int], object] = lambda pictures: None
-    studio: Studio | None = None
+    studios: dict[str, Studio] = field(default_factory=dict)
 
     def key(self, model: Trained, split: str, way: Sampling, setting: Setting, disturbance: Disturbance) -> dict:
         return {
             "model": f"{model.name}-{model.digest}", "split": split, "captions": self.captions.digests[split],
             "sampling": asdict(way), "setting": asdict(setting), "precise": self.precise,
+            # float32 is the same on all but for its last digits
+            "device": "any" if self.precise else self.device,
             # the place of noise that is not there makes no difference
             "disturbance": asdict(disturbance if disturbance.level else NONE), "batch": BATCH,
         }  # fmt: skip
@@ -72,10 +78,10 @@ class Drawn:
         return [Score(*row) for row in kept["scores"]]
 
     def _draw(self, model: Trained, split: str, way: Sampling, setting: Setting, disturbance: Disturbance) -> dict:
-        if self.studio is None or self.studio.model is not model:
-            self.studio = Studio(model, self.precise)
+        if model.name not in self.studios:
+            self.studios[model.name] = Studio(model, self.precise, self.device)
         begin = time.process_time()
-        scores = self.studio.scores(self.captions.prompts[split], way, setting, disturbance, self.done)
+        scores = self.studios[model.name].scores(self.captions.prompts[split], way, setting, disturbance, self.done)
         seconds = time.process_time() - begin
         return {"scores": [[s.found, s.named, s.seen, s.relation] for s in scores], "seconds": seconds}
 
@@ -87,6 +93,7 @@ class Forecast:
 
     drawn: Drawn
     work: dict[str, list[int]] = field(default_factory=dict)
+    asked: list[Asked] = field(default_factory=list)
     counted: set[str] = field(default_factory=set)
 
     @property
@@ -102,6 +109,7 @@ class Forecast:
         prompts, name = self.captions.prompts[split], json.dumps(key, sort_keys=True)
         if name not in self.counted:
             self.counted.add(name)
+            self.asked.append((Trained(model.folder, model.kind, model.seed), split, way, setting, disturbance))
             work = self.work.setdefault(model.name, [0, 0])
             work[0] += len(prompts) * way.evaluations
             work[1] += len(prompts)
@@ -111,7 +119,7 @@ class Forecast:
 
 def unit_costs(drawn: Drawn, model: Trained, count: int = 50) -> tuple[float, float]:
     """CPU seconds of one network evaluation, and of decoding and reading one picture; measured now."""
-    studio, prompts = Studio(model, drawn.precise), drawn.captions.prompts["tune"][:count]
+    studio, prompts = Studio(model, drawn.precise, drawn.device), drawn.captions.prompts["tune"][:count]
     seconds = []
     # the first warms up
     for steps in (1, 1, 3):
