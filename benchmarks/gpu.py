@@ -22,7 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=STAGES, metavar="stage", help=", ".join(STAGES))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="of `operator` (default: all)")
     parser.add_argument("--repeats", type=int, default=15, help="turns (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--small", action="store_true", help="on the CPU, in a small form: shows that it runs, no more")
     args = parser.parse_args()
@@ -166,38 +169,55 @@ def definition(query, key, value, mask, alpha: float, dense: float, row_lse=None
 
 def correct(device: torch.device, args) -> Iterator[dict]:
     """Errors against float64, beside that of rounding the exact output; masked rows must be 0."""
-    for keys, width, name, alpha, kind in CASES[:: 12 if args.small else 1]:
-        dtype = getattr(torch, name)
-        query = heads(2, 4, 147, width, dtype, device) * 1.5
-        key, value = heads(2, 2, keys, width, dtype, device), heads(2, 2, keys, width, dtype, device) + 1
-        mask = None
-        if kind:
-            mask = torch.rand(2, 1, 147, keys, device=device) < 0.7
-            mask[:, :, 5] = False
-        if kind == "additive":
-            mask = torch.randn(mask.shape, device=device).to(dtype).masked_fill(~mask, -torch.inf)
-        row_lse = 3 + 6 * torch.rand(2, 4, 147, 1, device=device)
-        expected = definition(query, key, value, mask, alpha, -1.0)
-        expected_correction = definition(query, key, value, mask, alpha, -2.0, row_lse)
-        rounding = max((expected.to(dtype).double() - expected).abs().max().item(), 3e-5)
-        for backend in backends(device):
-            row = {"case": f"{keys}x{width} {name} {alpha:g} {kind}".strip(), "backend": backend}
-            options = {"alpha": alpha, "enable_gqa": True, "backend": backend}
-            start = time.perf_counter()
-            try:
-                out = pladis_attention(query, key, value, mask, **options)
-                correction = pladis_correction(query, key, value, mask, row_lse=row_lse, **options)
-            except Exception as error:  # a ValueError: a problem that this backend does not take
-                yield row | {"error": str(error)[:200], "wrong": not isinstance(error, ValueError)}
-                continue
-            error = (out.double() - expected).abs().max().item()
-            of_correction = (correction.double() - expected_correction).abs().max().item()
-            wrong = not out.isfinite().all() or not max(error, of_correction) <= ROUNDINGS * rounding
-            wrong = wrong or bool(kind and (out[:, :, 5] != 0).any())
-            yield row | {
-                "error": error, "of the correction": of_correction, "of rounding": rounding,
-                "first call s": round(time.perf_counter() - start, 2), "wrong": wrong,
-            }  # fmt: skip
+    for rows in in_processes(partial(checked, device), CASES[:: 12 if args.small else 1], args.jobs):
+        yield from rows
+
+
+def in_processes(work: Callable, items: list, jobs: int) -> Iterator:
+    """work(item) of each, in order. Most of a first call is the compiler's, which takes one core."""
+    if jobs == 1:
+        yield from map(work, items)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        yield from pool.map(work, items)
+
+
+def checked(device: torch.device, case: tuple) -> list[dict]:
+    keys, width, name, alpha, kind = case
+    dtype = getattr(torch, name)
+    torch.manual_seed(0)
+    query = heads(2, 4, 147, width, dtype, device) * 1.5
+    key, value = heads(2, 2, keys, width, dtype, device), heads(2, 2, keys, width, dtype, device) + 1
+    mask = None
+    if kind:
+        mask = torch.rand(2, 1, 147, keys, device=device) < 0.7
+        mask[:, :, 5] = False
+    if kind == "additive":
+        mask = torch.randn(mask.shape, device=device).to(dtype).masked_fill(~mask, -torch.inf)
+    row_lse = 3 + 6 * torch.rand(2, 4, 147, 1, device=device)
+    expected = definition(query, key, value, mask, alpha, -1.0)
+    expected_correction = definition(query, key, value, mask, alpha, -2.0, row_lse)
+    rounding = max((expected.to(dtype).double() - expected).abs().max().item(), 3e-5)
+    rows = []
+    for backend in backends(device):
+        row = {"case": f"{keys}x{width} {name} {alpha:g} {kind}".strip(), "backend": backend}
+        options = {"alpha": alpha, "enable_gqa": True, "backend": backend}
+        start = time.perf_counter()
+        try:
+            out = pladis_attention(query, key, value, mask, **options)
+            correction = pladis_correction(query, key, value, mask, row_lse=row_lse, **options)
+        except Exception as error:  # a ValueError: a problem that this backend does not take
+            rows.append(row | {"error": str(error)[:200], "wrong": not isinstance(error, ValueError)})
+            continue
+        error = (out.double() - expected).abs().max().item()
+        of_correction = (correction.double() - expected_correction).abs().max().item()
+        wrong = not out.isfinite().all() or not max(error, of_correction) <= ROUNDINGS * rounding
+        wrong = wrong or bool(kind and (out[:, :, 5] != 0).any())
+        rows.append(row | {
+            "error": error, "of the correction": of_correction, "of rounding": rounding,
+            "first call s": round(time.perf_counter() - start, 2), "wrong": wrong,
+        })  # fmt: skip
+    return rows
 
 
 # operator: times in graphs
@@ -254,13 +274,23 @@ def flash(query, key, value) -> torch.Tensor:
         return scaled_dot_product_attention(query, key, value)
 
 
+def alphas(shape: str) -> tuple[float, ...]:
+    return (1.5, 2.0, 1.25, 1.75) if shape in WHOLE else (1.5, 2.0)
+
+
+def once(dtype: torch.dtype, device: torch.device, variant: tuple[int, int, float]) -> None:
+    keys, width, alpha = variant
+    query, key = heads(1, 2, 256, width, dtype, device), heads(1, 2, keys, width, dtype, device)
+    pladis_attention(query, key, key, alpha=alpha, backend=backends(device)[0])
+
+
 def candidates(inputs: Inputs, whole: bool, device: torch.device) -> dict[str, Work]:
     works: dict[str, Work] = {"sdpa": scaled_dot_product_attention}
     with contextlib.suppress(RuntimeError):  # no such kernel for these
         flash(*inputs)
         works["sdpa flash"] = flash
     for backend in backends(device):
-        for alpha in (1.5, 2.0, 1.25, 1.75) if whole else (1.5, 2.0):
+        for alpha in alphas(WHOLE[0] if whole else ""):
             work = partial(pladis_attention, alpha=alpha, backend=backend)
             try:
                 work(*inputs)
@@ -280,6 +310,10 @@ def operator(device: torch.device, args) -> Iterator[dict]:
     """`hot` and `cold`, and how long the memory takes that must be touched, at the rate of a large copy."""
     shapes = SMALL if args.small else {name: SHAPES[name] for name in args.shapes or SHAPES}
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    variants = {(*shape[3:], alpha) for name, shape in shapes.items() for alpha in alphas(name)}
+    if args.jobs > 1:
+        # Triton keeps what it compiles on disk
+        list(in_processes(partial(once, dtype, device), sorted(variants), args.jobs))
     for shape, (batch, count, queries, keys, width) in shapes.items():
         size = 2 * batch * count * queries * width * dtype.itemsize
         for heat in ("hot", "cold"):
@@ -369,7 +403,8 @@ def calls(device: torch.device, args) -> Iterator[dict]:
     works: dict[str, Work] = {"sdpa": scaled_dot_product_attention} | {
         name: partial(pladis_attention, backend=name) for name in backends(device)
     }
-    count = 2 if args.small else 200
+    # all of them must fit into the driver's queue of a thousand launches
+    count = 2 if args.small else 100
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(3):
         for name, work in works.items():

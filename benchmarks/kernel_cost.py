@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -144,16 +144,17 @@ def compiled(case: Case):
     plan = backend.plan(
         PROBLEMS.get((case.keys, case.width), (1, 4096))[1], case.keys, case.width, case.width, dtype,
         case.width**-0.5, case.alpha, -2.0 if case.mass else -1.0, 2.0, mask, case.mix, case.mass,
-        gpu.arch if gpu.backend == "cuda" else 0, gpu.warp if gpu.backend == "hip" else 0, False,
+        gpu.arch if gpu.backend == "cuda" else 0, gpu.warp if gpu.backend == "hip" else 0, False, True,
     )  # fmt: skip
     kinds = {"Mix": "i1", "Mask": "i1" if case.mask == "bool" else case.dtype}
+    head = "i32" if case.width % 16 else "i32:16"
     types: dict[str, tuple] = {
         # widths are contiguous and every query head has its key head, as in the host's models
-        name: backend.Tensor(f"*{kinds.get(name, case.dtype)}:16", "i32:16", "i32:16", "i32:16", "1")
+        name: backend.Tensor(f"*{kinds.get(name, case.dtype)}:16", "i32:16", head, "i32:16", "1")
         for name in ("Q", "K", "V", "Mask", "Mix", "Mass", "Out")
     }
     types |= {"sizes": backend.Sizes("i32", "i32", "1"), "scale": backend.Scale(*["fp32"] * 4)}
-    types |= {"solver": backend.Solver("i32", *["fp32"] * 4), "weights": backend.Weights(*["fp32"] * 4)}
+    types |= {"solver": backend.Solver("i32", "i32", *["fp32"] * 4), "weights": backend.Weights(*["fp32"] * 4)}
     types |= zip(("HOW", "TILE"), plan.constants, strict=True)
     source = ASTSource(plan.kernel, *specialised(types))
     with tempfile.TemporaryDirectory() as folder:
@@ -201,8 +202,9 @@ def measure(case: Case, sigma: float = 1.0) -> Row:
     else:
         code, registers, spilled = amd_code(result.asm["amdgcn"])
     inner = -(-case.width // tile.BLOCK_D) if resident else tiles
-    # the resident kernel's first step stands before the loop
-    executed = weighted(code, steps - resident, inner)
+    # the resident kernel's first step stands before its loops: one that does not ask whether it is done, one that does
+    least = plan.solver.least
+    executed = weighted(code, (least, steps - 1 - least) if resident else (steps,), inner)
     warps = result.metadata.num_warps
     scores = tile.BLOCK_Q * tiles * tile.BLOCK_K / warps / gpu.warp
     heads, queries = PROBLEMS[case.keys, case.width]
@@ -354,23 +356,25 @@ def amd_code(assembly: str) -> tuple[Code, int, int]:
     return found, count["vgpr_count"], count["private_segment_fixed_size"]
 
 
-def weighted(code: Code, steps: float, inner: int) -> float:
+def weighted(code: Code, steps: Sequence[float], inner: int) -> float:
     """Instructions that a warp executes. A loop that multiplies matrices, and holds no other, runs `inner` times (over
-    slices of the width, or tiles of keys), any other `steps` times.
+    slices of the width, or tiles of keys); the others, in their order, as often as `steps` says.
     """
     ends: dict[int, int] = {}
     for address, _, goal in code:
         if goal is not None and goal < address:
             # of several ways back to the head of a loop the last one ends it
             ends[goal] = address
-    loops = list(ends.items())
+    loops = sorted(ends.items())
     weights = dict.fromkeys((address for address, _, _ in code), 1.0)
+    of_solver = iter(steps)
     for first, last in loops:
         leaf = not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
         multiplies = any(MATRIX.search(text) for address, text, _ in code if first <= address <= last)
+        times = inner if leaf and multiplies else next(of_solver, steps[-1])
         for address in weights:
             if first <= address <= last:
-                weights[address] *= inner if leaf and multiplies else steps
+                weights[address] *= times
     return sum(weights.values())
 
 

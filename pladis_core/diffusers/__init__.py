@@ -108,8 +108,12 @@ class PladisHandle:
                 return plain()
             _check_processor(family, module, path)
             row = _current_row(network_ref(), path) if family.row else None
-            with TextAttention(self._settings, row, _text_call(module)) as mode:
+            settings = self._settings
+            with TextAttention(settings, row, _text_call(module)) as mode:
                 out = plain()
+            if self._settings is settings:
+                # a mask that had to be moved is moved once, not in every layer
+                self._settings = mode.settings
             if not mode.reached:
                 raise RuntimeError(_unreached(module, path, mode))
             return out

@@ -103,8 +103,11 @@ class TextAttention(TorchFunctionMode):
         return out
 
     def _mix_mask(self, key: torch.Tensor) -> torch.Tensor | None:
+        """On the keys' device, where it stays."""
         mix_mask = self.settings.mix_mask
-        return None if mix_mask is None else mix_mask.to(key.device)
+        if mix_mask is not None and mix_mask.device != key.device:
+            self.settings = self.settings._replace(mix_mask=mix_mask.to(key.device))
+        return self.settings.mix_mask
 
 
 def _text_columns(row: Row, lengths: torch.Tensor) -> torch.Tensor:

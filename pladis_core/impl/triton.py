@@ -34,7 +34,7 @@ from .triton_kernel import (
 )
 
 # keys whose scores a tile of queries can hold in registers; float32 products need some of those registers
-RESIDENT_KEYS = 512
+RESIDENT_KEYS, RESIDENT_KEYS_AMD = 320, 512
 RESIDENT_KEYS_FLOAT32 = 256
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,6 +46,10 @@ LARGEST_EXPONENT = 2.0**20
 MAX_TILE = 512
 # bytes: what Triton asks of an address
 ALIGNED = 16
+# tiles of the value
+ALL = 1000
+# of Newton's, which no row of scores was seen to need fewer of
+LEAST_STEPS = 2
 # layouts of one problem whose kernels are kept at hand; Triton keeps all
 MOST_COMPILED = 64
 # since 3.3 a compiled kernel is called with all arguments
@@ -76,49 +80,91 @@ def unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str
 
 def spills_on_amd(keys: int, width: int, dtype: torch.dtype, wave: int) -> bool:
     """Where the code for AMD does not fit into registers: left to `portable`."""
-    streamed = wave == 32 and width > 64 and not is_resident(keys, dtype)
+    streamed = wave == 32 and width > 64 and not is_resident(keys, dtype, wave)
     return streamed or (dtype == torch.float32 and keys > 112) or (width > 128 and keys > 160)
 
 
-def is_resident(keys: int, dtype: torch.dtype) -> bool:
-    """Whether all scores of a tile of queries stay on chip."""
-    return keys <= (RESIDENT_KEYS_FLOAT32 if dtype == torch.float32 else RESIDENT_KEYS)
+def is_resident(keys: int, dtype: torch.dtype, wave: int = 0) -> bool:
+    """Whether all scores of a tile of queries stay on chip. wave: the lanes of an AMD warp, 0 elsewhere."""
+    most = RESIDENT_KEYS_FLOAT32 if dtype == torch.float32 else RESIDENT_KEYS_AMD if wave else RESIDENT_KEYS
+    return keys <= most
 
 
-def key_tiles(keys: int) -> tuple[int, int]:
-    """(width, number) of the resident kernel's key tiles: a power of two, at least 16, that covers `keys` closely."""
-    width = 16 if keys <= 112 else 32 if keys <= 224 else 64
-    return width, triton.cdiv(keys, width)
-
-
-def configuration(queries: int, keys: int, width: int, dtype: torch.dtype, wave: int = 0) -> tuple[Tile, int]:
+def configuration(
+    queries: int, keys: int, width: int, dtype: torch.dtype, ptx: int = 0, wave: int = 0
+) -> tuple[Tile, int]:
     """Sizes of tiles, and warps. A table, not a search: the first image must not wait for one.
 
-    A warp owns whole rows as long as their scores fit its registers: sums over keys then never leave the warp. wave:
-    the lanes of an AMD warp, 0 elsewhere.
+    A warp owns whole rows as long as their scores fit its registers: sums over keys then never leave the warp. ptx:
+    NVIDIA's compute capability as two digits, 0 elsewhere; wave: the lanes of an AMD warp, 0 elsewhere.
     """
-    padded = max(16, triton.next_power_of_2(width))
+    tile, warps = (
+        _streaming(width, dtype, wave) if not is_resident(keys, dtype, wave)
+        else _resident_float32(keys, width) if dtype == torch.float32
+        else _resident_amd(keys, width, wave) if wave
+        else _resident(keys, width, ptx)
+    )  # fmt: skip
     fewest = max(16, triton.next_power_of_2(queries))
-    if not is_resident(keys, dtype):
+    return tile._replace(BLOCK_Q=min(tile.BLOCK_Q, fewest)), warps
+
+
+def _streaming(width: int, dtype: torch.dtype, wave: int) -> tuple[Tile, int]:
+    padded = _padded(width)
+    if dtype == torch.float32 or wave:
         block_q = 16 if dtype == torch.float32 else 32 if wave == 32 else 64
-        block_k = 64 if padded <= 128 else 32
         warps = 8 if wave == 32 or padded > 128 else 4
-        return Tile(min(block_q, fewest), block_k, 0, padded, padded, 1), warps
-    block_k, number = key_tiles(keys)
+        return Tile(block_q, 64 if padded <= 128 else 32, 0, padded, padded, 1, 0), warps
+    return Tile(64, 64 if padded <= 64 else 32, 0, padded, padded, 1, 0), 8 if padded > 128 else 4
+
+
+def _resident(keys: int, width: int, ptx: int) -> tuple[Tile, int]:
+    """16-bit weights on NVIDIA's GPUs, as measured on an H200 (docs/performance.md). Few keys: everything is loaded at
+    once, and waited for once.
+    """
+    padded = _padded(width)
+    if keys <= 112:
+        block_d = padded if padded <= 128 else 64 if width % 64 == 0 else 32
+        return _tile(64, 16, keys, width, block_d, min(padded, 64), ahead=ALL), 4
+    block_k = 32 if keys <= 256 else 64
+    if keys <= 160:
+        block_d = padded if padded <= 64 else 64 if width % 64 == 0 else 32
+        return _tile(64, block_k, keys, width, block_d, min(padded, 64), ahead=ALL), 4
+    if ptx // 10 == 9:
+        return _tile(64, block_k, keys, width, padded if padded <= 64 and keys <= 256 else 32, min(padded, 64), 2), 4
+    # their products take operands from registers, and leave fewer
+    return _tile(64, block_k, keys, width, 16, min(padded, 32), keys <= 256), 4
+
+
+def _resident_float32(keys: int, width: int) -> tuple[Tile, int]:
+    # no tensor cores: products and scores share the registers
+    most = 32 if keys <= 160 else 16
+    block = min(_padded(width), most)
+    return _tile(16, _key_tile(keys), keys, width, block, block), 4 if keys <= 160 else 8
+
+
+def _resident_amd(keys: int, width: int, wave: int) -> tuple[Tile, int]:
+    padded = _padded(width)
     # slices of the width: 80 is 32 + 32 + 16, not 128; many keys leave few registers for wide ones
-    block_d = padded if padded <= 64 else 64 if width % 64 == 0 else 32
-    block_q, warps = (64, 4) if keys <= 160 else (32, 4) if keys <= 256 else (16, 4)
-    if keys > 160:
-        block_d = 32
-    block_v = min(padded, 64 if keys <= 112 or keys > 160 else 32)
-    if dtype == torch.float32:
-        # no tensor cores: products and scores share the registers
-        most = 32 if keys <= 160 else 16
-        block_q, block_d, block_v, warps = 16, min(block_d, most), min(block_v, most), 4 if keys <= 160 else 8
-    elif wave == 32 and 112 < keys <= 256:
-        # operands of its products lie in registers twice
-        warps = 8
-    return Tile(min(block_q, fewest), block_k, number, block_d, block_v, 2), warps
+    block_d = 32 if keys > 160 else padded if padded <= 64 else 64 if width % 64 == 0 else 32
+    block_v = min(padded, 32 if 112 < keys <= 160 else 64)
+    block_q = 64 if keys <= 160 else 32 if keys <= 256 else 16
+    # operands of products lie in registers twice
+    warps = 8 if wave == 32 and 112 < keys <= 256 else 4
+    return _tile(block_q, _key_tile(keys), keys, width, block_d, block_v), warps
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _key_tile(keys: int) -> int:
+    """A power of two, at least 16, a few of which cover `keys` closely."""
+    return 16 if keys <= 112 else 32 if keys <= 224 else 64
+
+
+def _tile(block_q: int, block_k: int, keys: int, width: int, block_d: int, block_v: int, ahead: int = 0) -> Tile:
+    number = triton.cdiv(keys, block_k)
+    return Tile(block_q, block_k, number, block_d, block_v, 2, min(int(ahead), number * triton.cdiv(width, block_v)))
 
 
 def tolerance(alpha: float, keys: int, dtype: torch.dtype) -> float:
@@ -145,12 +191,13 @@ class Plan(NamedTuple):
 def plan(
     queries: int, keys: int, width: int, value_width: int, dtype: torch.dtype, scale: float, alpha: float,
     dense: float, sparse: float, mask: torch.dtype | None, mix: bool, mass: int, ptx: int, wave: int, wide: bool,
+    aligned: bool,
 ) -> Plan:  # fmt: skip
     """The kernel for a problem. mask: its dtype; mass: 0 none, 1 given, 2 from a log-sum-exp; ptx: the compute
     capability as two digits, 0 where it is not NVIDIA's; wave: the lanes of an AMD warp, or 0; wide: offsets within a
-    head exceed 32 bits.
+    head exceed 32 bits; aligned: batches, heads and rows begin at multiples of 16 bytes.
     """
-    resident = is_resident(keys, dtype)
+    resident = is_resident(keys, dtype, wave)
     # the streaming form's first step may lead back, from right of the root
     steps, start = newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK + (not resident), 0.0
     if alpha == 1.0 or sparse == 0.0:
@@ -165,7 +212,7 @@ def plan(
     limit = min(LARGEST_SCORE, LARGEST_EXPONENT / gain) if lean else LARGEST_SCORE
     mask_min = 0.0 if mask in (None, torch.bool) else torch.finfo(mask).min
     common = alpha in (1.5, 2.0)
-    tile, warps = configuration(queries, keys, max(width, value_width), dtype, wave)
+    tile, warps = configuration(queries, keys, max(width, value_width), dtype, ptx, wave)
     how = How(
         D=width,
         DV=value_width,
@@ -178,16 +225,24 @@ def plan(
         MASS=mass,
         UNIT=weights.unit,
         NEGATIVE=weights.dense < 0.0,
-        AGAIN=not resident or tile.N * tile.BLOCK_K > 160,
+        AGAIN=lean or not resident or tile.N * tile.BLOCK_K > 160,
         NORMALISE=lean and abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole),
         PTX=ptx,
         WIDE=wide,
+        ALIGNED=ALIGNED // dtype.itemsize if aligned else 1,
         WHOLE=keys % tile.BLOCK_K == 0,
     )
     return Plan(
         resident_kernel if resident else streaming_kernel,
         Scale(scale, gain, limit, mask_min),
-        Solver(steps, start, -math.expm1(-b * math.log(keys)) / b, b, tolerance(alpha, keys, dtype)),
+        Solver(
+            steps=steps,
+            least=min(LEAST_STEPS, steps),
+            start=start,
+            most=-math.expm1(-b * math.log(keys)) / b,
+            b=b,
+            tolerance=tolerance(alpha, keys, dtype),
+        ),
         Weights(weights.dense, weights.sparse, weights.factor, torch.finfo(dtype).max),
         tile,
         (How(*map(tl.constexpr, how)), Tile(*map(tl.constexpr, tile))),
@@ -226,6 +281,7 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
         queries, keys, width, value_width, query.dtype, scale, alpha, dense, sparse,
         None if mask is None else mask.dtype, mix_mask is not None,
         0 if factor is None else 1 if row_lse is None else 2, ptx, wave, row + column >= 2**31 or out.numel() >= 2**31,
+        all(_is_aligned(tensor) for tensor in (query, key, value, out)),
     )  # fmt: skip
     grid = -(-queries // chosen.tile.BLOCK_Q), heads, batch
     output = Tensor(out, queries * heads * value_width, value_width, heads * value_width, 1)
@@ -251,6 +307,12 @@ def launch(plan: Plan, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], 
     compiled = plan.kernel[grid](*arguments, **plan.options)
     if LAUNCHES_COMPILED and len(plan.compiled) < MOST_COMPILED:
         plan.compiled[key] = compiled
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    several = ALIGNED // tensor.element_size()
+    *strides, _ = tensor.stride()
+    return not any(stride % several for stride in strides)
 
 
 @lru_cache

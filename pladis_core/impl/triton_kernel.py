@@ -68,6 +68,7 @@ class Solver(NamedTuple):
     """Newton's method, whose p is 1 / b."""
 
     steps: Any  # at most
+    least: Any  # of which the resident form takes so many without asking
     start: Any  # u, at least
     most: Any  # u of equal scores, beyond which no root lies
     b: Any  # alpha - 1
@@ -101,6 +102,7 @@ class How(NamedTuple):
     NORMALISE: bool  # divide by the sum of the rounded weights
     PTX: int  # NVIDIA's compute capability as two digits, or 0
     WIDE: bool  # offsets exceed 32 bits
+    ALIGNED: int  # what batches, heads and rows of query, key, value and output are multiples of: 16 bytes, or 1
     WHOLE: bool  # the last tile of keys is full: only the streaming form asks
 
 
@@ -113,6 +115,7 @@ class Tile(NamedTuple):
     BLOCK_D: int  # columns of query and key that a product takes at once
     BLOCK_V: int  # columns of the value
     STAGES: int  # of the loop over tiles of BLOCK_D
+    AHEAD: int  # tiles of the value that are loaded before the first is needed
 
 
 class Threshold(NamedTuple):
@@ -224,9 +227,16 @@ def _two_sums(a, b):
 
 
 @triton.jit
-def _of_head(t, batch, head):
-    """A tensor from the first element of one head on."""
-    return Tensor(t.at + (batch * t.batch + head * t.head), t.batch, t.head, t.row, t.column)
+def _of_head(t, batch, head, ALIGNED: tl.constexpr):
+    """A tensor from the first element of one head on.
+
+    Triton looks for multiples of 16 elements by itself, which heads of 40 or 72 columns are not: where it is not told
+    of smaller ones, here and at the rows, it loads and stores each element alone.
+    """
+    offset = batch * t.batch + head * t.head
+    if ALIGNED > 1:
+        offset = tl.multiple_of(offset, ALIGNED)
+    return Tensor(t.at + offset, t.batch, t.head, t.row, t.column)
 
 
 @triton.jit
@@ -235,9 +245,10 @@ def _placed(Q, K, V, Mask, Mix, Mass, Out, sizes, HOW, TILE):
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows = _range(tl.program_id(0) * TILE.BLOCK_Q, TILE.BLOCK_Q, HOW)
     kv = head // sizes.groups
-    Q, K, V = _of_head(Q, batch, head), _of_head(K, batch, kv), _of_head(V, batch, kv)
-    Mask, Mix, Mass = _of_head(Mask, batch, head), _of_head(Mix, batch, 0), _of_head(Mass, batch, head)
-    return rows, Q, K, V, Mask, Mix, Mass, _of_head(Out, batch, head)
+    Q, Out = _of_head(Q, batch, head, HOW.ALIGNED), _of_head(Out, batch, head, HOW.ALIGNED)
+    K, V = _of_head(K, batch, kv, HOW.ALIGNED), _of_head(V, batch, kv, HOW.ALIGNED)
+    Mask, Mix, Mass = _of_head(Mask, batch, head, 1), _of_head(Mix, batch, 0, 1), _of_head(Mass, batch, head, 1)
+    return rows, Q, K, V, Mask, Mix, Mass, Out
 
 
 @triton.jit
@@ -250,14 +261,14 @@ def _range(first, SIZE: tl.constexpr, HOW):
 @triton.jit
 def _queries(Q, rows, dims, sizes, HOW):
     """(rows, dims), 0 outside of the tensor."""
-    at = Q.at + rows[:, None] * Q.row + dims[None, :] * Q.column
+    at = Q.at + tl.multiple_of(rows * Q.row, HOW.ALIGNED)[:, None] + dims[None, :] * Q.column
     return tl.load(at, mask=(rows < sizes.queries)[:, None] & (dims < HOW.D)[None, :], other=0.0)
 
 
 @triton.jit
 def _keys(K, cols, dims, sizes, FULL: tl.constexpr, HOW):
     """(dims, cols), 0 outside of the tensor. FULL: no key is past the last one."""
-    at = K.at + cols[None, :] * K.row + dims[:, None] * K.column
+    at = K.at + tl.multiple_of(cols * K.row, HOW.ALIGNED)[None, :] + dims[:, None] * K.column
     inside = (dims < HOW.D)[:, None]
     if not FULL:
         inside = inside & (cols < sizes.keys)[None, :]
@@ -267,7 +278,7 @@ def _keys(K, cols, dims, sizes, FULL: tl.constexpr, HOW):
 @triton.jit
 def _values(V, cols, dims, sizes, FULL: tl.constexpr, HOW):
     """(cols, dims), 0 outside of the tensor. FULL: no key is past the last one."""
-    at = V.at + cols[:, None] * V.row + dims[None, :] * V.column
+    at = V.at + tl.multiple_of(cols * V.row, HOW.ALIGNED)[:, None] + dims[None, :] * V.column
     inside = (dims < HOW.DV)[None, :]
     if not FULL:
         inside = inside & (cols < sizes.keys)[:, None]
@@ -492,7 +503,7 @@ def _store(Out, rows, out, factor, sizes, weights, HOW, BLOCK_V: tl.constexpr):
     """Writes factor * out, given in tiles (BLOCK_Q, BLOCK_V)."""
     for d in tl.static_range(0, HOW.DV, BLOCK_V):
         dims = d + tl.arange(0, BLOCK_V)
-        at = Out.at + rows[:, None] * Out.row + dims[None, :] * Out.column
+        at = Out.at + tl.multiple_of(rows * Out.row, HOW.ALIGNED)[:, None] + dims[None, :] * Out.column
         x = _saturated(out[d // BLOCK_V] * factor[:, None], Out.at.dtype.element_ty, weights.largest, HOW.PTX)
         tl.store(at, x, mask=(rows < sizes.queries)[:, None] & (dims < HOW.DV)[None, :])
 
@@ -505,11 +516,22 @@ def _products(Q, K, scores, rows, cols, d, sizes, HOW, TILE):
     """The N tiles of scores and what BLOCK_D columns from `d` on add to them."""
     dims = d + tl.arange(0, TILE.BLOCK_D)
     q = _queries(Q, rows, dims, sizes, HOW)
+    # all before the first product: no load passes a barrier, and each product has one
+    keys = ()  # N x (BLOCK_D, BLOCK_K)
+    for i in tl.static_range(0, TILE.N):
+        keys = keys + (_keys(K, cols + i * TILE.BLOCK_K, dims, sizes, i < TILE.N - 1, HOW),)
     more = ()
     for i in tl.static_range(0, TILE.N):
-        k = _keys(K, cols + i * TILE.BLOCK_K, dims, sizes, i < TILE.N - 1, HOW)  # (BLOCK_D, BLOCK_K)
-        more = more + (_dot(q, k, scores[i]),)
+        more = more + (_dot(q, keys[i], scores[i]),)
     return more
+
+
+@triton.jit
+def _value_tile(V, cols, j: tl.constexpr, NV: tl.constexpr, sizes, HOW, TILE):
+    """(BLOCK_K, BLOCK_V): the j-th tile of the value, those of the first keys first."""
+    i: tl.constexpr = j // NV
+    dims = (j - i * NV) * TILE.BLOCK_V + tl.arange(0, TILE.BLOCK_V)
+    return _values(V, cols + i * TILE.BLOCK_K, dims, sizes, i < TILE.N - 1, HOW)
 
 
 @triton.jit
@@ -595,16 +617,25 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
         c = c + (_centred(finished[i], centre, scale.gain, HOW.EXACT),)
 
     u = tl.full((TILE.BLOCK_Q,), 1.0, tl.float32) * solver.start  # (BLOCK_Q,), as total, slope and step
-    # nobody is done after the first step
+    # nobody is done after the first steps: to ask is to wait for all warps
     total, slope = _row_moments(c, u, b, part, HOW, TILE)
     step = _newton_step(total, slope, ROUNDING, b, HOW)
-    left = solver.steps
+    for _ in range(solver.least):
+        u += step
+        total, slope = _row_moments(c, u, b, part, HOW, TILE)
+        step = _newton_step(total, slope, ROUNDING, b, HOW)
+    left = solver.steps - solver.least
     while left > 0:
         u += step
         total, slope = _row_moments(c, u, b, part, HOW, TILE)
         step = _newton_step(total, slope, ROUNDING, b, HOW)
         left = _steps_left(_far(step, HOW), left, solver)
 
+    # the first tiles of the value are under way meanwhile
+    NV: tl.constexpr = (HOW.DV + TILE.BLOCK_V - 1) // TILE.BLOCK_V
+    values = ()
+    for j in tl.static_range(0, TILE.AHEAD):
+        values = values + (_value_tile(V, cols, j, NV, sizes, HOW, TILE),)
     # softmax is centred on the maximum of all keys
     rise = (centre - peak) * scale.gain
     dense_sum = _exp2_sum(c, rise, part, False, HOW, TILE)
@@ -624,10 +655,10 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
         w = _mixed(_entmax(c[i], found, b, part[i], HOW), c[i], part[i], shares, weights, HOW)
         w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
         more = ()
-        for d in tl.static_range(0, HOW.DV, TILE.BLOCK_V):
-            dims = d + tl.arange(0, TILE.BLOCK_V)
-            v = _values(V, cols + i * TILE.BLOCK_K, dims, sizes, i < TILE.N - 1, HOW)  # (BLOCK_K, BLOCK_V)
-            more = more + (_dot(w, v, out[d // TILE.BLOCK_V]),)
+        for n in tl.static_range(0, NV):
+            if i * NV + n + TILE.AHEAD < TILE.N * NV:
+                values = values + (_value_tile(V, cols, i * NV + n + TILE.AHEAD, NV, sizes, HOW, TILE),)
+            more = more + (_dot(w, values[i * NV + n], out[n]),)
         out = more
 
     factor = _row_factor(Mass, rows, peak * (scale.gain * LN_2), dense_sum, weight_sums, sizes, weights, HOW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import Future
 from itertools import product
 from pathlib import Path
 
@@ -13,10 +14,23 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import alignment
-from benchmarks.alignment_demo import PARTS, arms, choices, command, measure, pictures, scope, scorers, store, tables
+from benchmarks.alignment_demo import (
+    PARTS,
+    arms,
+    choices,
+    command,
+    measure,
+    parallel,
+    pictures,
+    scope,
+    scorers,
+    store,
+    tables,
+)
 from benchmarks.alignment_demo.arms import PAPER, SOFTMAX, Setting
 from benchmarks.alignment_demo.choices import CFG_3, NO_GUIDANCE, TUNED, choose, ships_by_rule
 from benchmarks.alignment_demo.models import SHARES, SINK, STUDENT, Models, Trained, expected, find
+from benchmarks.alignment_demo.parallel import forecast
 from benchmarks.alignment_demo.pictures import Disturbance, Sampling, Studio, starting_noise
 from benchmarks.alignment_demo.scorers import Captions, Drawn, Forecast
 from benchmarks.alignment_demo.store import Store, meaning
@@ -208,11 +222,37 @@ def test_a_stopped_run_goes_on(folder, tmp_path, small, guesses, monkeypatch):
 def test_the_forecast_counts_what_is_drawn(folder, tmp_path, small, guesses):
     models, scorer = find(folder, ["noise00"]), drawn(folder, tmp_path)
     parts = ["fixed"]
-    work = command.forecast(scorer, models, parts)
+    work = forecast(scorer, models, parts).work
     command.tabulate(scorer, models, parts)
     made = [(3 if split == "tune" else 4, way.evaluations) for _, split, way, *_ in guesses]
     assert work == {"noise00-0": [sum(count * each for count, each in made), sum(count for count, _ in made)]}
-    assert command.forecast(scorer, models, parts) == {}
+    assert forecast(scorer, models, parts).work == {}
+
+
+def test_several_processes_draw_what_one_does_and_nothing_else(folder, tmp_path, small, guesses, monkeypatch):
+    """Settings are chosen before any picture to report on is drawn: which are reported depends on that."""
+    whole = run(folder, tmp_path / "one", "--models", "seed0")
+    alone = list(guesses)
+    guesses.clear()
+
+    class InProcess:
+        def __init__(self, jobs, context, start, arguments):
+            assert jobs == 2
+            start(*arguments)
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *error: None  # noqa: E731
+
+        def submit(self, work, *arguments):
+            future = Future()
+            future.set_result(work(*arguments))
+            return future
+
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", InProcess)
+    assert run(folder, tmp_path / "several", "--models", "seed0", "--jobs", "2") == whole
+    assert set(guesses) >= set(alone) and len(guesses) == len(set(guesses))
+    # luck may have had the search for temperatures try others, but nothing that is not chosen is reported
+    assert {cell for cell in guesses if cell[1] == "report"} == {cell for cell in alone if cell[1] == "report"}
 
 
 def test_scores_depend_on_all_that_is_in_their_key(folder, tmp_path, guesses):

@@ -66,7 +66,7 @@ def test_loops_count_as_often_as_they_run():
         (0, "MOV", None), (1, "FADD", None), (2, "HMMA.16816", None), (3, "BRA", 2), (4, "BRA", 1), (5, "BRA", 1),
         (6, "FMUL", None),
     ]  # fmt: skip
-    assert kernel_cost.weighted(code, 2, 3) == 1 + 2 * (1 + 3 * 2 + 2) + 1
+    assert kernel_cost.weighted(code, (2,), 3) == 1 + 2 * (1 + 3 * 2 + 2) + 1
 
 
 def test_steps_are_those_of_the_kernels_solver():
@@ -118,4 +118,4 @@ def test_the_branch_of_an_instruction_is_read():
     )
     assert (registers, spilled) == (42, 8)
     assert [goal for _, _, goal in code] == [None, None, 1]
-    assert kernel_cost.weighted(code, 5, 1) == 1 + 5 * 2
+    assert kernel_cost.weighted(code, (5,), 1) == 1 + 5 * 2

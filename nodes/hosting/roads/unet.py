@@ -137,7 +137,10 @@ class PladisHook:
         return add_capped(*by_head, cap).flatten(-2)
 
     def _pladis(self, function, segment: Segment, q, k, v, extra_options) -> torch.Tensor:
-        q, k, v = (t[segment.rows] for t in (q, k[:, : segment.length], v[:, : segment.length]))
+        if segment.rows != slice(0, q.shape[0]):
+            q, k, v = q[segment.rows], k[segment.rows], v[segment.rows]
+        if segment.length not in (None, k.shape[1]):
+            k, v = k[:, : segment.length], v[:, : segment.length]
         mask = repeat_mask(k, v) if segment.length is None else None
         q, k, v = (t.unflatten(-1, (extra_options["n_heads"], -1)).transpose(1, 2) for t in (q, k, v))
         if self.call.watch is not None:
