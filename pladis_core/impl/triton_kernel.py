@@ -115,7 +115,7 @@ class Tile(NamedTuple):
     BLOCK_D: int  # columns of query and key that a product takes at once
     BLOCK_V: int  # columns of the value
     STAGES: int  # of the loop over tiles of BLOCK_D
-    AHEAD: int  # tiles of the value that are loaded before the first is needed
+    AHEAD: int  # tiles of the value that are loaded before the first is needed; 0: those of the key neither
 
 
 class Threshold(NamedTuple):
@@ -516,11 +516,16 @@ def _products(Q, K, scores, rows, cols, d, sizes, HOW, TILE):
     """The N tiles of scores and what BLOCK_D columns from `d` on add to them."""
     dims = d + tl.arange(0, TILE.BLOCK_D)
     q = _queries(Q, rows, dims, sizes, HOW)
+    more = ()
+    if TILE.AHEAD == 0:
+        for i in tl.static_range(0, TILE.N):
+            k = _keys(K, cols + i * TILE.BLOCK_K, dims, sizes, i < TILE.N - 1, HOW)  # (BLOCK_D, BLOCK_K)
+            more = more + (_dot(q, k, scores[i]),)
+        return more
     # all before the first product: no load passes a barrier, and each product has one
     keys = ()  # N x (BLOCK_D, BLOCK_K)
     for i in tl.static_range(0, TILE.N):
         keys = keys + (_keys(K, cols + i * TILE.BLOCK_K, dims, sizes, i < TILE.N - 1, HOW),)
-    more = ()
     for i in tl.static_range(0, TILE.N):
         more = more + (_dot(q, keys[i], scores[i]),)
     return more

@@ -113,6 +113,21 @@ def test_the_portable_log_sum_exp(mask, monkeypatch):
     torch.testing.assert_close(portable[:, :, rows], log_sum_exp(q, k, mask)[:, :, rows])
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "narrow"),
+    [((9, 0), torch.bfloat16, False), ((8, 9), torch.bfloat16, True), ((12, 0), torch.bfloat16, True),
+     ((9, 0), torch.float32, True)],
+)  # fmt: skip
+def test_the_narrow_kernel_is_left_out_where_another_is_faster(monkeypatch, capability, dtype, narrow):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(module, "_narrow_lse", lambda *a: asked.append(a) or module._chunked_lse(*a))
+    q, k = (torch.randn(1, 2, length, 16).to(dtype) for length in (5, 9))
+    lse = module._lse_on_cuda(q, k, None, 0.25)
+    torch.testing.assert_close(lse, module._chunked_lse(q, k, None, 0.25), atol=0.02, rtol=0)
+    assert bool(asked) == narrow
+
+
 def test_where_torchs_kernel_refuses_its_narrow_values_chunks_serve(monkeypatch, caplog):
     q, k = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 30, 16)
     asked = []
