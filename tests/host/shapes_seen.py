@@ -8,18 +8,15 @@ from collections import Counter
 import comfy.sample
 import torch
 
-from pladis_pack.demo.scenes import COLOURS
+from pladis_pack.demo.scenes import COLOURS, random_prompts
 from pladis_pack.nodes.hosting import Settings, find_target
 from pladis_pack.nodes.hosting.demo_model import load_demo_model
 from pladis_pack.nodes.hosting.looking.attention_map import watch_attention
 from pladis_pack.nodes.hosting.looking.words import find_words
 from pladis_pack.nodes.hosting.models.layers import layer_names
 
-PROMPTS = (
-    "a red circle left of a blue square",
-    "a green triangle above a yellow square",
-    "a black cross right of an orange circle",
-)
+# the first held-out captions of two objects, never chosen by how they come out
+PROMPTS = tuple(prompt for prompt in random_prompts(100, "report", 1) if len(prompt.objects) == 2)[:3]
 SEEDS, PERCENTS = range(3), (0.4, 0.7)
 # of a colour's value, in one channel: paint still counts as that colour
 NEAR = 70
@@ -60,13 +57,12 @@ def choose_map(sampling: dict) -> dict:
     settings = Settings(frozenset(target.layers), 2.0, 1.5)
     tried, on_it, best = 0, Counter(), None
     for prompt, seed in itertools.product(PROMPTS, SEEDS):
-        positive, latent, picture = sampled(model, clip, vae, prompt, seed, sampling)
-        said = prompt.split()
-        (colour, name), (other_colour, other_name) = said[1:3], said[-2:]
-        places = [places_of(picture.float(), of) for of in (colour, other_colour)]
+        positive, latent, picture = sampled(model, clip, vae, prompt.text, seed, sampling)
+        shapes = ", ".join(kind.shape for kind in prompt.objects)
+        places = [places_of(picture.float(), kind.colour) for kind in prompt.objects]
         if min(float(place.float().mean()) for place in places) < SMALLEST:
             continue
-        words = find_words(f"{name}, {other_name}", prompt, clip, positive[0][0].shape[1])
+        words = find_words(shapes, prompt.text, clip, positive[0][0].shape[1])
         for percent, (layer, place) in itertools.product(PERCENTS, layers.items()):
             maps = watch_attention(
                 model, positive, latent, percent, 0, settings, target, words, frozenset([place])
@@ -76,15 +72,15 @@ def choose_map(sampling: dict) -> dict:
             tried += 1
             on_it[layer] += own > ON_IT and beside < 1
             if best is None or own / beside > best[0]:
-                best = own / beside, own, beside, prompt, seed, f"{name}, {other_name}", percent, layer
+                best = own / beside, own, beside, prompt.text, seed, shapes, percent, layer
     _, own, beside, prompt, seed, words, percent, layer = best
     chosen = {"prompt": prompt, "seed": seed, "words": words, "percent": percent}
     if own > ON_IT and beside < 1:
         said = (
             f"the two shapes: in block **{layer}** each word has more than {ON_IT:g} times its mean weight on its own, "
-            "and less than its mean on the other. A broad patch tells the side, not the outline. The case was picked: "
-            f"{on_it.total()} of the {tried} that we tried are like it. Set **layers** to all for the mean of "
-            "every layer."
+            "and less than its mean on the other. The maps are 8 x 8: a patch tells the place, not the outline. The "
+            f"case was picked: {on_it.total()} of the {tried} that we tried are like it. Set **layers** to all for "
+            "the mean of every layer."
         )
         return {**chosen, "layers": "custom", "blocks": layer, "seen": said}
     said = (

@@ -244,8 +244,9 @@ def test_a_prompt_that_was_not_encoded_is_said(caplog):
     assert "not what was encoded" not in said.pop(text)
     assert "another text" in said.pop(other)
     assert len([message for message in caplog.messages if "not what was encoded" in message]) == 1
-    with pytest.raises(ValueError, match="'red' is not in the prompt.*it gives 48 tokens, and the conditioning has 24"):
-        run(model, positive, latent, words="red", clip=clip, prompt=" and ".join([text] * 3))
+    message = "'red' is not in the prompt.*it gives 154 tokens, and the conditioning has 77"
+    with pytest.raises(ValueError, match=message):
+        run(model, positive, latent, words="red", clip=clip, prompt=" and ".join([text] * 9))
 
 
 def test_text_report_and_bars_name_the_same_figures():

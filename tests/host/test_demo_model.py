@@ -306,8 +306,8 @@ def test_prompt_weights_and_punctuation_are_read(standard):
 
 
 def test_a_long_prompt_goes_on_in_another_chunk(standard):
-    (encoded,) = host_nodes.CLIPTextEncode().encode(standard[1], " and ".join(["a red circle"] * 8))
-    assert encoded[0][0].shape == (1, 48, 96)
+    (encoded,) = host_nodes.CLIPTextEncode().encode(standard[1], " and ".join(["a red circle"] * 25))
+    assert encoded[0][0].shape == (1, 154, 96)
 
 
 def test_the_oracle_sees_what_was_asked_for(standard):

@@ -22,7 +22,7 @@ BASIC = {"scale": 2.0, "alpha": 1.5, "start_percent": 0.0, "end_percent": 1.0}
 ADVANCED = {**BASIC, "layers": "all", "blocks": "", "apply_to": "both"}
 SINCE = {"force_unknown": False, "scale_schedule": "constant", "end_scale": 0.0, "norm_cap": 0.0, "tokens": "all",
          "prompt": ""}  # fmt: skip
-BLOCKS = [*(f"d{i}.0" for i in range(2)), "m0.0", *(f"u{i}.0" for i in range(4))]
+BLOCKS = [*(f"d{i}.0" for i in range(2)), "m0.0", *(f"u{i}.0" for i in range(3))]
 
 
 def workflow(node: str | None = None, seed: int = 1, text: str = CAPTION, **inputs) -> dict:
@@ -228,6 +228,13 @@ def pictures(server, entry: dict, node: str) -> list:
     return [numpy.asarray(Image.open(BytesIO(server.view(image))).convert("RGB")).astype(int) for image in saved]
 
 
+def same(cell, single) -> bool:
+    """Decoded in a batch a picture rounds otherwise, which the host's truncation to 8 bits makes 1 of 255 here and
+    there."""
+    difference = abs(cell - single)
+    return difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
 def sampled_cells(server, workflow: dict) -> tuple[dict, int]:
     """A run, and in how many of its cells the server sampled."""
     before = runs(server)
@@ -244,10 +251,10 @@ def test_a_sweep_is_what_single_nodes_make(server, baseline, scale_2):
     entry, sampled = sampled_cells(server, sweep("0, 2", "1.5, 1"))
     cells = pictures(server, entry, "save")
     assert len(cells) == 4
-    assert (cells[0] == baseline).all()
-    assert (cells[1] == scale_2).all()
+    assert same(cells[0], baseline)
+    assert same(cells[1], scale_2)
     # at alpha 1 everything is the baseline, which is sampled once
-    assert (cells[2] == baseline).all() and (cells[3] == baseline).all()
+    assert same(cells[2], baseline) and same(cells[3], baseline)
     assert sampled <= 2
     (grid,) = pictures(server, entry, "grid")
     # pixels of small pictures are enlarged by a whole factor
@@ -261,7 +268,7 @@ def test_a_sweep_behind_an_apply_node_has_a_plain_baseline(server, baseline, sca
     behind["apply"] = {"class_type": "PLADISApply", "inputs": {"model": ["demo", 0], **BASIC, "scale": 3.0}}
     behind["sweep"]["inputs"]["model"] = ["apply", 0]
     cells = pictures(server, server.run(behind), "save")
-    assert (cells[0] == baseline).all() and (cells[1] == scale_2).all()
+    assert same(cells[0], baseline) and same(cells[1], scale_2)
 
 
 def test_a_list_of_latents_into_a_sweep(server):
@@ -292,10 +299,10 @@ def test_the_other_axes_are_what_single_nodes_make(server, baseline, scale_2):
     entry, sampled = sampled_cells(server, sweep("0, 2", **lists))
     cells = pictures(server, entry, "save")
     assert len(cells) == 32 and sampled <= 18
-    assert (cells[0] == baseline).all() and (cells[1] == scale_2).all()
+    assert same(cells[0], baseline) and same(cells[1], scale_2)
     last = {**BASIC, "end_percent": 0.5}, {"layers": "custom", "blocks": "d0-1", "norm_cap": 1.0}
     single = workflow("PLADISApplyAdvanced", seed=2, **{**ADVANCED, **SINCE, **last[0], **last[1]})
-    assert (cells[31] == image(server, single)).all()
+    assert same(cells[31], image(server, single))
     assert len({cell.tobytes() for cell in cells}) == 18
 
 

@@ -16,7 +16,7 @@ from pladis_core import entmax, pladis_weights
 
 SCREENSHOTS = Path(__file__).parents[2] / "docs" / "screenshots"
 DEMO, BASIC, ADVANCED, CHECKPOINT, UNKNOWN = 1, 2, 3, 4, 5
-BLOCKS = ["d0", "d1", "m0", "u0", "u1", "u2", "u3"]
+BLOCKS = ["d0", "d1", "m0", "u0", "u1", "u2"]
 VALUES = {BASIC: [2, 1.5, 0, 1], ADVANCED: [2, 1.5, 0, 1, "all", "", "both", False, "constant", 0, 0, "all", ""]}
 # node id: class, position, values, {input: [node, output]}
 PANELS = {
@@ -229,7 +229,7 @@ def test_the_panels_lie_inside_their_nodes_one_below_the_other(page):
         assert boxes[-1]["height"] >= 100
     if "PLADIS_SCREENSHOTS" in os.environ and os.environ["PLADIS_HOST"] == "newest":
         set_value(page, ADVANCED, layers="custom", blocks="d1,u0-2", scale=3)
-        tell(page, BASIC, "3 of 3 chosen text layers in 20 of 20 steps, lambda 2, alpha 1.5")
+        tell(page, BASIC, "2 of 2 chosen text layers in 20 of 20 steps, lambda 2, alpha 1.5")
         tell(page, ADVANCED, "4 of 4 chosen text layers in 20 of 20 steps, lambda 3, alpha 1.5")
         page.wait_for_timeout(500)
         boxes = [node_box(page, node) for node in (BASIC, ADVANCED)]
@@ -275,7 +275,7 @@ def test_a_click_writes_the_list_and_makes_it_the_choice(page):
     settle(page)
     assert pressed(page, ADVANCED) == ["Block u0", "Block u1"]
     picker(page, ADVANCED).get_by_text("all", exact=True).click()
-    assert value(page, ADVANCED, "blocks") == "d0-1,m0,u0-3"
+    assert value(page, ADVANCED, "blocks") == "d0-1,m0,u0-2"
     picker(page, ADVANCED).get_by_text("none", exact=True).click()
     assert value(page, ADVANCED, "blocks") == ""
     expect(picker(page, ADVANCED)).to_contain_text("Choose at least one block")
@@ -297,12 +297,12 @@ def test_a_click_shows_in_the_text_field(page):
 
 
 def test_the_text_field_moves_the_chips(page):
-    set_value(page, ADVANCED, layers="custom", blocks="M0, u2-3,d9,x")
-    assert pressed(page, ADVANCED) == ["Block m0", "Block u2", "Block u3"]
+    set_value(page, ADVANCED, layers="custom", blocks="M0, u1-2,d9,x")
+    assert pressed(page, ADVANCED) == ["Block m0", "Block u1", "Block u2"]
     expect(picker(page, ADVANCED)).to_contain_text("no block d9; 'x' is not a block.")
     # what it cannot read stays the user's
     chip(page, ADVANCED, "Block m0").click()
-    assert value(page, ADVANCED, "blocks") == "u2-3,d9,x"
+    assert value(page, ADVANCED, "blocks") == "u1-2,d9,x"
 
 
 def test_layers_inside_a_block_are_chips_of_their_own(page):
@@ -392,14 +392,14 @@ def test_a_linked_list_cannot_be_clicked(page):
 def test_a_saved_workflow_holds_the_inputs_alone_and_loads_as_it_was(page):
     before = saved(page)
     assert {n["id"]: n["widgets_values"] for n in before["nodes"] if n["id"] in VALUES} == VALUES
-    chip(page, ADVANCED, "Block u3").click()
+    chip(page, ADVANCED, "Block u2").click()
     set_value(page, BASIC, scale=3.5)
     first = saved(page)
     assert "pladis_plot" not in json.dumps(first) and "pladis_blocks" not in json.dumps(first)
     page.evaluate("(workflow) => app.loadGraphData(workflow)", first)
     settle(page)
     assert saved(page) == first
-    assert pressed(page, ADVANCED) == ["Block u3"]
+    assert pressed(page, ADVANCED) == ["Block u2"]
     assert_plotted(page, BASIC, 3.5, 1.5)
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
     assert set(prompt[str(BASIC)]["inputs"]) == {"model", "scale", "alpha", "start_percent", "end_percent"}
@@ -424,7 +424,7 @@ def test_a_workflow_from_before_the_panels_gets_room_for_them(page):
 def test_a_queued_workflow_shows_its_picture_and_the_models_own_blocks(page):
     page.evaluate(BUILD, SAMPLING)
     expect(picker(page, ADVANCED)).to_contain_text("layers is all")
-    set_value(page, ADVANCED, layers="custom", blocks="d0-1,u0-3")
+    set_value(page, ADVANCED, layers="custom", blocks="d0-1,u0-2")
     expect(picker(page, ADVANCED)).to_contain_text("The blocks of the demo model.")
     page.evaluate("app.queuePrompt(0)")
     page.wait_for_function("app.graph.getNodeById(15).imgs?.[0]?.naturalWidth === 64", timeout=60_000)
@@ -489,15 +489,15 @@ def test_the_nodes_say_what_the_last_run_did(page, server):
 
     before = saved(page)
     queue(page)
-    words(BASIC, "7 of 7 text layers in 2 of 2 steps, lambda 2, alpha 1.5")
-    words(ADVANCED, "7 of 7 text layers in 3 of 3 steps, lambda 3, alpha 1.5")
+    words(BASIC, "6 of 6 text layers in 2 of 2 steps, lambda 2, alpha 1.5")
+    words(ADVANCED, "6 of 6 text layers in 3 of 3 steps, lambda 3, alpha 1.5")
     assert sorted(detail["node"] for detail in page.evaluate("told")) == [str(BASIC), str(ADVANCED)]
     after, prompt = saved(page), page.evaluate("async () => (await app.graphToPrompt()).output")
     nodes = [{n["id"]: n for n in workflow["nodes"] if n["id"] in VALUES} for workflow in (before, after)]
     # their sizes with them
     assert nodes[0] == nodes[1]
     assert nodes[1][ADVANCED]["widgets_values"] == [3, *VALUES[ADVANCED][1:]]
-    assert not any("7 of 7" in json.dumps(kept) for kept in (after, prompt))
+    assert not any("6 of 6" in json.dumps(kept) for kept in (after, prompt))
     # the panels go on
     set_value(page, BASIC, scale=3.5)
     assert_plotted(page, BASIC, 3.5, 1.5)
@@ -505,7 +505,7 @@ def test_the_nodes_say_what_the_last_run_did(page, server):
     settle(page)
     assert pressed(page, ADVANCED) == ["Block d1"]
     queue(page)
-    words(BASIC, "7 of 7 text layers in 2 of 2 steps, lambda 3.5, alpha 1.5")
+    words(BASIC, "6 of 6 text layers in 2 of 2 steps, lambda 3.5, alpha 1.5")
     words(ADVANCED, "1 of 1 chosen text layers in 3 of 3 steps, lambda 3, alpha 1.5")
 
 
@@ -513,7 +513,7 @@ def test_what_the_last_run_did_is_no_change_of_the_workflow(page):
     # ComfyUI's own first steps with a workflow
     page.wait_for_timeout(500)
     steps, before = steps_to_undo(page), saved(page)
-    tell(page, BASIC, "7 of 7 text layers in 2 of 2 steps, lambda 2, alpha 1.5")
+    tell(page, BASIC, "6 of 6 text layers in 2 of 2 steps, lambda 2, alpha 1.5")
     assert_it_has_its_own_room(page, BASIC)
     # also where it takes more room than there is
     long = f"1 of 70 text layers in 20 of 20 steps. Not reached: {', '.join(['d2.0'] * 100)}"
@@ -525,7 +525,7 @@ def test_what_the_last_run_did_is_no_change_of_the_workflow(page):
 
 
 def test_what_the_last_run_did_stays_on_its_node(page):
-    text = "7 of 7 text layers in 2 of 2 steps, <b>lambda</b> 2, alpha 1.5"
+    text = "6 of 6 text layers in 2 of 2 steps, <b>lambda</b> 2, alpha 1.5"
     chip(page, ADVANCED, "Block d1").click()
     settle(page)
     tell(page, ADVANCED, text)
@@ -566,7 +566,7 @@ def test_what_the_last_run_did_stays_on_its_node(page):
 
 
 def test_what_the_last_run_did_stays_in_the_other_renderer(page):
-    text = "7 of 7 text layers in 2 of 2 steps, lambda 2, alpha 1.5"
+    text = "6 of 6 text layers in 2 of 2 steps, lambda 2, alpha 1.5"
     tell(page, BASIC, text)
     own = page.renderer
     switch = "(on) => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
@@ -604,7 +604,7 @@ def test_a_node_in_a_subgraph_says_what_the_last_run_did(page):
     expect(plot(page, node).locator("rect.dense")).to_have_count(12)
     expect(receipt(page, node)).to_be_hidden()
     queue(page)
-    expect(receipt(page, node)).to_have_text(f"7 of 7 text layers in 20 of 20 steps, lambda 2, alpha {alpha}")
+    expect(receipt(page, node)).to_have_text(f"6 of 6 text layers in 20 of 20 steps, lambda 2, alpha {alpha}")
     assert_it_has_its_own_room(page, node)
 
 
