@@ -19,7 +19,7 @@ from benchmarks.alignment_server import TEMPERATURE_FOLDER, Job, Setting, Templa
 from comfy_server import Server
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = ["a red circle left of a blue square", "a green ring and a black cross"]
+PROMPTS = ["a red circle left of a blue square", "a green bar and a black diamond"]
 SEEDS, LAMBDAS = [3, 4], [0, 1, 2]
 FILES = sorted(Job(p, s, Setting(lam)).file for p in range(len(PROMPTS)) for s in SEEDS for lam in LAMBDAS)
 WORKFLOW = {
@@ -285,7 +285,7 @@ def test_an_error_in_a_node_names_the_node(server, tmp_path):
 def test_other_prompts_need_another_folder(finished, server):
     folder, _ = finished
     line = command(folder, "--server", server.url)
-    (folder / "prompts.txt").write_text("a yellow ring\n")
+    (folder / "prompts.txt").write_text("a yellow bar\n")
     result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and "choose another --out" in result.stderr
 
@@ -356,8 +356,8 @@ def test_a_workflow_without_a_place_for_the_prompt_is_refused():
 
 def test_a_filled_workflow_changes_prompt_seed_and_lambda_only():
     original = workflow()
-    filled = Template(original).filled("a red ring", 9, Setting(0.5))
-    assert filled["positive"]["inputs"]["text"] == "a picture of a red ring"
+    filled = Template(original).filled("a red bar", 9, Setting(0.5))
+    assert filled["positive"]["inputs"]["text"] == "a picture of a red bar"
     assert filled["sampler"]["inputs"]["seed"] == 9
     assert filled["pladis"]["inputs"]["scale"] == 0.5
     assert original == workflow()
@@ -451,7 +451,8 @@ def test_a_server_without_the_control_is_told_what_to_link(tmp_path):
 def test_pictures_of_earlier_versions_are_of_the_same_run():
     """Their names, and the folder's mark, are those of the first version of this benchmark."""
     assert [Job(1, 0, Setting(lam)).file for lam in (2.0, 0.5)] == ["p0001_s0_l2.png", "p0001_s0_l0.5.png"]
-    assert str(_identity(Template(workflow()), PROMPTS)) == "b91e18fa-bb59-eb86-736c-db642b9ce7b8"
+    prompts = ["a red circle left of a blue square", "a green ring and a black cross"]
+    assert str(_identity(Template(workflow()), prompts)) == "b91e18fa-bb59-eb86-736c-db642b9ce7b8"
 
 
 def advanced(**inputs) -> dict:
@@ -486,7 +487,7 @@ def test_what_the_workflow_has_has_one_name():
 
 
 def test_the_simple_node_becomes_the_advanced_one_that_does_the_same():
-    filled = Template(workflow()).filled("a red ring", 9, Setting(0.5, norm_cap=1.0))
+    filled = Template(workflow()).filled("a red bar", 9, Setting(0.5, norm_cap=1.0))
     assert filled["pladis"]["class_type"] == "PLADISApplyAdvanced"
     assert filled["pladis"]["inputs"] == {
         "model": ["demo", 0], "scale": 0.5, "alpha": 1.5, "start_percent": 0.0, "end_percent": 1.0, "layers": "all",
@@ -495,9 +496,9 @@ def test_the_simple_node_becomes_the_advanced_one_that_does_the_same():
 
 
 def test_words_only_gets_what_was_encoded():
-    filled = Template(workflow()).filled("a red ring", 9, Setting(0.5, "words only"))
+    filled = Template(workflow()).filled("a red bar", 9, Setting(0.5, "words only"))
     assert filled["pladis"]["inputs"]["clip"] == ["demo", 1]
-    assert filled["pladis"]["inputs"]["prompt"] == "a picture of a red ring\n---\n"
+    assert filled["pladis"]["inputs"]["prompt"] == "a picture of a red bar\n---\n"
     own = Template(advanced(clip=["other", 0], prompt="of {prompt}")).filled("it", 9, Setting(1.0, "words only"))
     assert own["pladis"]["inputs"]["clip"] == ["other", 0] and own["pladis"]["inputs"]["prompt"] == "of it"
 
