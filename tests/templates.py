@@ -25,8 +25,13 @@ NOTE = "MarkdownNote"
 HUGGING_FACE = "https://huggingface.co"
 TEAPOT = "a red teapot left of a blue vase on a wooden table, morning light from a window"
 # what the templates without a download draw, and how far their pictures' pixels are enlarged
-PROMPT, SEED, ENLARGED = "a red circle left of a blue square", 4, 4
-# where the demo model's own scale is best tried: README, recommended settings
+# by a rule, never by how it comes out: the first held-out caption of seed 1 (demo/scenes.py, random_prompts), as in
+# `python -m demo`
+PROMPT = (
+    "a red circle and a small orange triangle and a large filled purple diamond and a cyan circle and a filled cyan bar"
+)
+SEED, ENLARGED = 1, 4
+# what was chosen for the demo model by measurement, on other captions, with all tokens and this CFG
 DEMO_SCALE = 0.5
 DEMO_SAMPLING = {"steps": 20, "cfg": 3, "sampler_name": "euler", "scheduler": "simple"}
 NOT_RUN = "Not run by us with these weights; the thumbnail is a drawing of attention weights, not this model's output."
@@ -102,19 +107,19 @@ def _is_link(value) -> bool:
 def demo(choice: dict) -> Page:
     page = Page()
     page.note(
-        (0, 0), (270, 225), "## With and without PLADIS",
+        (0, 0), (270, 230), "## With and without PLADIS",
         "Press **Run**: the same prompt and the same seed twice, in seconds, also without a GPU.",
-        "**Look at** how many shapes there are, their colours and where they stand. Which picture is nearer to the "
-        "prompt? Try other seeds before you believe it: one says little.",
-        "The plot shows what **scale** does to the weights of words. This is a tiny model that comes with the pack; an "
-        "unknown word gets the list of those that it knows.",
+        "**Look at** which objects of the prompt are there, and what is there besides. One seed says little: over 1000 "
+        "such prompts this tiny model, trained three times, drew all objects in .675 of the pictures with **scale** "
+        "0.5, in .582 without, and 1.33 extra ones a picture against .11.",
+        "The plot shows what **scale** does to the weights of words. The prompt is the first of a list, not picked.",
     )  # fmt: skip
-    loader = page.small("PLADISDemoCheckpoint", (295, 505), "Demo model")
-    prompt = page.add("CLIPTextEncode", (295, 380), (230, 85), "Prompt", clip=(loader, 1), text=PROMPT)
-    negative = page.small("CLIPTextEncode", (295, 540), "Negative prompt", clip=(loader, 1), text="")
+    loader = page.small("PLADISDemoCheckpoint", (540, 525), "Demo model")
+    prompt = page.add("CLIPTextEncode", (295, 380), (230, 183), "Prompt", clip=(loader, 1), text=PROMPT)
+    negative = page.small("CLIPTextEncode", (540, 558), "Negative prompt", clip=(loader, 1), text="")
     seed = page.add("PrimitiveInt", (540, 380), (230, 82), "Seed", value=SEED)
-    latent = page.small("EmptyLatentImage", (540, 505), width=64, height=64)
-    apply = page.add("PLADISApply", (0, 265), (270, 298), model=loader, scale=choice["scale"])
+    latent = page.small("EmptyLatentImage", (540, 492), width=64, height=64)
+    apply = page.add("PLADISApply", (0, 270), (270, 298), model=loader, scale=choice["scale"])
     common = {"positive": prompt, "negative": negative, "latent_image": latent, "seed": seed, **DEMO_SAMPLING}
     for number, (title, model) in enumerate((("Plain model", loader), ("Apply PLADIS", apply))):
         y = 380 + 105 * number
@@ -134,17 +139,16 @@ def enlarge(page: Page, at, decoded: Node, preview_at, size, title: str) -> None
 def sweep(choice: dict) -> Page:
     page = Page()
     page.note(
-        (0, 0), (250, 265), "## Compare scales and alphas",
+        (0, 0), (250, 300), "## Compare scales and alphas",
         "Press **Run**: one prompt and one seed at every **scale** and **alpha** of the two lists of **PLADIS Sweep**, "
         "side by side. The first column is the plain model.",
         "**Look at** where along a row the picture starts to change, and where it breaks: your scale lies between. "
         "Then change the seed and see whether that still holds.",
         "Done cells stay cached: add a number, and only its cells are sampled. For your own model put its loader in "
-        "the "
-        "demo's place and set steps, cfg and size to suit it.",
+        "the demo's place and set steps, cfg and size to suit it.",
     )  # fmt: skip
-    loader = page.add("PLADISDemoCheckpoint", (0, 305), (250, 126))
-    prompt = page.add("CLIPTextEncode", (0, 471), (250, 92), "Prompt", clip=(loader, 1), text=PROMPT)
+    loader = page.small("PLADISDemoCheckpoint", (570, 510), "Demo model")
+    prompt = page.add("CLIPTextEncode", (0, 340), (250, 223), "Prompt", clip=(loader, 1), text=PROMPT)
     negative = page.small("CLIPTextEncode", (280, 510), "Negative prompt", clip=(loader, 1), text="")
     latent = page.small("EmptyLatentImage", (280, 545), width=64, height=64)
     swept = page.add(
@@ -163,11 +167,12 @@ def attention_map(choice: dict) -> Page:
         "Press **Run**. For each of **words** there are three maps over the picture: dense (softmax), sparse (entmax) "
         "and extrapolated by **scale**.",
         f"**Look at** {choice['seen']}",
-        "Sparse leaves fewer places to a word than dense; blue in the extrapolated map is weight below zero.",
+        "Sparse takes a word away from some places and gives it more weight at others. Extrapolated: red is weight, "
+        "blue below zero.",
         "The text goes to the encoder and to the map, so it stands once, in **Prompt**.",
     )  # fmt: skip
     loader = page.small("PLADISDemoCheckpoint", (570, 485), "Demo model")
-    text = page.add("PrimitiveStringMultiline", (0, 370), (250, 100), "Prompt", value=choice["prompt"])
+    text = page.add("PrimitiveStringMultiline", (0, 370), (250, 150), "Prompt", value=choice["prompt"])
     prompt = page.small("CLIPTextEncode", (570, 520), "Encoded prompt", clip=(loader, 1), text=text)
     negative = page.small("CLIPTextEncode", (570, 555), "Negative prompt", clip=(loader, 1), text="")
     latent = page.small("EmptyLatentImage", (820, 485), width=64, height=64)
@@ -196,8 +201,8 @@ def schedule(choice: dict) -> Page:
         "It also chooses layers, blocks and prompts; its help page says what for.",
     )  # fmt: skip
     loader = page.small("PLADISDemoCheckpoint", (600, 450), "Demo model")
-    prompt = page.add("CLIPTextEncode", (0, 300), (260, 100), "Prompt", clip=(loader, 1), text=PROMPT)
-    seed = page.add("PrimitiveInt", (0, 440), (260, 82), "Seed", value=SEED)
+    prompt = page.add("CLIPTextEncode", (0, 300), (260, 180), "Prompt", clip=(loader, 1), text=PROMPT)
+    seed = page.add("PrimitiveInt", (0, 520), (260, 82), "Seed", value=SEED)
     negative = page.small("CLIPTextEncode", (600, 485), "Negative prompt", clip=(loader, 1), text="")
     latent = page.small("EmptyLatentImage", (600, 520), width=64, height=64)
     constant = page.small("PLADISApply", (945, 450), model=loader, scale=2)

@@ -16,6 +16,7 @@ import templates
 from PIL import Image
 
 from comfy_server import PACK, PACK_FOLDER, Server
+from pladis_pack.demo.scenes import random_prompts
 from workflows import FOLDER, NAMES, NOTES, RUN_HERE, THIRD_PARTY, inputs_of, lacks, read, to_prompt, working
 
 HOST = Path(os.environ["COMFYUI_PATH"])
@@ -80,6 +81,11 @@ def write_templates(server, object_info: dict) -> None:
         # those of one node have their words in them
         labels = [title for title, _ in shown] if len(kept) > 1 else [""] * len(shown)
         templates.save_thumbnail(name, templates.side_by_side(pictures, labels, min(len(pictures), 3)))
+
+
+def test_the_prompt_of_the_demos_is_not_picked():
+    (prompt,) = random_prompts(1, "report", templates.SEED)
+    assert prompt.text == templates.PROMPT and templates.SEED == 1
 
 
 def all_nodes(object_info: dict) -> dict:
