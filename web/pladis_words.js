@@ -33,7 +33,7 @@ export const ENGLISH = {
   presetFlux: "Flux.1: scale {scale} (the authors' code: 1.5 to 2)",
   presetTags: "Trained on tags (Pony, Illustrious): scale {scale} (users: less than 2; the number has no source)",
   presetVideo: "Video (Wan, LTX, Hunyuan): scale {scale} (no source, not measured)",
-  presetGentle: "Gentle: scale {scale} (measured on the demo model: about even with softmax)",
+  presetGentle: "Gentle: scale {scale} (measured on the demo model: more objects found, and extra ones)",
   compare: "Compare with scale 0 (PLADIS Sweep)",
   noSampler: "No KSampler takes this node's model, and PLADIS Sweep samples as KSampler does. Run twice with one seed, "
     + "once with scale 0.",

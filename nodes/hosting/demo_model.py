@@ -61,7 +61,7 @@ class DemoConfig(comfy.supported_models_base.BASE):
 
 # under which names the host saves the parts of a checkpoint (comfy/supported_models_base.py, BASE)
 SAVED_UNET, SAVED_TEXT, SAVED_VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
-# bytes: a checkpoint of the demo model in float32 has some 15 MB, any other kind of model hundreds
+# bytes: a checkpoint of the demo model in float32 has some 10 MB, any other kind of model hundreds
 LARGEST = 1 << 26
 
 
