@@ -231,7 +231,8 @@ def test_the_forecast_counts_what_is_drawn(folder, tmp_path, small, guesses):
 
 def test_several_processes_draw_what_one_does_and_nothing_else(folder, tmp_path, small, guesses, monkeypatch):
     """Settings are chosen before any picture to report on is drawn: which are reported depends on that."""
-    whole = run(folder, tmp_path / "one", "--models", "seed0")
+    what = "--models", "noise15", "--parts", "fixed"
+    whole = run(folder, tmp_path / "one", *what)
     alone = list(guesses)
     guesses.clear()
 
@@ -249,7 +250,7 @@ def test_several_processes_draw_what_one_does_and_nothing_else(folder, tmp_path,
             return future
 
     monkeypatch.setattr(parallel, "ProcessPoolExecutor", InProcess)
-    assert run(folder, tmp_path / "several", "--models", "seed0", "--jobs", "2") == whole
+    assert run(folder, tmp_path / "several", *what, "--jobs", "2") == whole
     assert set(guesses) >= set(alone) and len(guesses) == len(set(guesses))
     # luck may have had the search for temperatures try others, but nothing that is not chosen is reported
     assert {cell for cell in guesses if cell[1] == "report"} == {cell for cell in alone if cell[1] == "report"}

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu
 
-ARGS = SimpleNamespace(small=True, repeats=2, shapes=None)
+ARGS = SimpleNamespace(small=True, repeats=2, shapes=None, jobs=1)
 CPU = torch.device("cpu")
 
 
