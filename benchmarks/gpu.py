@@ -274,8 +274,8 @@ def flash(query, key, value) -> torch.Tensor:
         return scaled_dot_product_attention(query, key, value)
 
 
-def alphas(shape: str) -> tuple[float, ...]:
-    return (1.5, 2.0, 1.25, 1.75) if shape in WHOLE else (1.5, 2.0)
+def alphas(whole: bool) -> tuple[float, ...]:
+    return (1.5, 2.0, 1.25, 1.75) if whole else (1.5, 2.0)
 
 
 def once(dtype: torch.dtype, device: torch.device, variant: tuple[int, int, float]) -> None:
@@ -290,7 +290,7 @@ def candidates(inputs: Inputs, whole: bool, device: torch.device) -> dict[str, W
         flash(*inputs)
         works["sdpa flash"] = flash
     for backend in backends(device):
-        for alpha in alphas(WHOLE[0] if whole else ""):
+        for alpha in alphas(whole):
             work = partial(pladis_attention, alpha=alpha, backend=backend)
             try:
                 work(*inputs)
@@ -310,7 +310,7 @@ def operator(device: torch.device, args) -> Iterator[dict]:
     """`hot` and `cold`, and how long the memory takes that must be touched, at the rate of a large copy."""
     shapes = SMALL if args.small else {name: SHAPES[name] for name in args.shapes or SHAPES}
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    variants = {(*shape[3:], alpha) for name, shape in shapes.items() for alpha in alphas(name)}
+    variants = {(*shape[3:], alpha) for name, shape in shapes.items() for alpha in alphas(name in WHOLE)}
     if args.jobs > 1:
         # Triton keeps what it compiles on disk
         list(in_processes(partial(once, dtype, device), sorted(variants), args.jobs))
