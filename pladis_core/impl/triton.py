@@ -48,7 +48,7 @@ MAX_TILE = 512
 ALIGNED = 16
 # tiles of the value
 ALL = 1000
-# of Newton's, which no row of scores was seen to need fewer of
+# of Newton's, which tiles of random scores need at least; equal scores take them too, and stay where they are
 LEAST_STEPS = 2
 # layouts of one problem whose kernels are kept at hand; Triton keeps all
 MOST_COMPILED = 64
