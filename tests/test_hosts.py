@@ -31,10 +31,12 @@ sys.exit(pytest.main(sys.argv[1:]))
 # what shares a process: to start one takes as long as a short file's tests
 SHARED = {
     "networks": ("contracts", "families", "family_fixtures", "spans"),
-    "graphs": ("attention_map", "demo_model", "distilled", "fuzz", "matrix", "sampling", "workflows"),
+    "graphs": ("attention_map", "demo_model", "distilled", "matrix", "sampling"),
+    # and one server
     "short files": (
-        "compatibility", "composition", "help", "layers", "locales", "more_peers", "nvrtc", "peers", "preferences",
-        "reached", "regime", "schema", "strength", "sweep", "tokens", "transformers",
+        "compatibility", "composition", "fuzz", "help", "layers", "locales", "more_peers", "nvrtc", "peers",
+        "preferences", "reached", "regime", "schema", "server", "strength", "sweep", "tokens", "transformers",
+        "workflows",
     ),
 }  # fmt: skip
 # about our fixtures, samplers, inputs and kernels, which do not differ between hosts: for time, on the newest alone
@@ -77,8 +79,7 @@ def pytest_generate_tests(metafunc) -> None:
 # newest alone; an old front end has people who did not change to the new renderer, the next has the new one
 WEB = {
     "newest, both renderers": ("newest", ("nodes",), ""),
-    "newest, pages": ("newest", ("workflows", "help"), ""),
-    "newest, words and looks": ("newest", ("words", "looks"), ""),
+    "newest, the other files": ("newest", ("workflows", "help", "words", "looks"), ""),
     "oldest": ("oldest", ("nodes",), "classic"),
     "next": ("next", ("nodes",), "not classic"),
 }

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_hosts import host_path, host_python
 
-from benchmarks import alignment
+from benchmarks import alignment, alignment_server
 from benchmarks.alignment_server import TEMPERATURE_FOLDER, Job, Setting, Template, _identity, make_images
 from comfy_server import Server
 
@@ -222,20 +222,6 @@ def test_a_run_that_was_killed_goes_on(finished, server, tmp_path):
     assert computed(server) - before == len(FILES)
 
 
-def test_a_server_that_comes_back_is_waited_for(tmp_path, finished):
-    base = tmp_path / "comfyui"
-    with start_server(base) as first:
-        process = subprocess.Popen(
-            command(tmp_path, "--server", first.url), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        while not list((tmp_path / "out" / "images").glob("*.png")) and process.poll() is None:
-            time.sleep(0.05)
-    with start_server(base, first.port):
-        output = process.communicate(timeout=240)[0].decode()
-    assert process.returncode == 0, output
-    assert images(tmp_path) == images(finished[0])
-
-
 def test_two_servers_behind_ray_make_the_same_pictures(finished, server, second, tmp_path):
     forget(server)
     before = computed(server), computed(second)
@@ -244,6 +230,20 @@ def test_two_servers_behind_ray_make_the_same_pictures(finished, server, second,
     assert images(tmp_path) == images(finished[0])
     shares = computed(server) - before[0], computed(second) - before[1]
     assert sum(shares) == len(FILES) and min(shares) > 0, shares
+
+
+def test_a_server_that_comes_back_is_waited_for(tmp_path, finished, second):
+    """It stops for good: whoever else needs `second` stands above."""
+    process = subprocess.Popen(
+        command(tmp_path, "--server", second.url), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not list((tmp_path / "out" / "images").glob("*.png")) and process.poll() is None:
+        time.sleep(0.05)
+    second.stop()
+    with start_server(second.log_file.parent, second.port):
+        output = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 0, output
+    assert images(tmp_path) == images(finished[0])
 
 
 def test_a_server_that_is_lost_leaves_its_work_to_the_others(finished, server, tmp_path):
@@ -438,14 +438,13 @@ def test_a_report_can_be_checked(varied, tmp_path):
     assert result.returncode == 2 and "report.json: the tables" in result.stderr
 
 
-def test_a_server_without_the_control_is_told_what_to_link(tmp_path):
-    path = host_path("newest")
-    with Server(host_python("newest", path), path, tmp_path / "comfyui") as without_control:
-        result = run(tmp_path, "--server", without_control.url, "--temperatures", "2")
-        assert computed(without_control) == 0
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "has no node PLADISTemperatureControl, which --temperatures needs: link or copy the folder" in result.stderr
-    assert f"ln -s {TEMPERATURE_FOLDER}" in result.stderr
+def test_a_server_without_the_control_is_told_what_to_link(server, refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(alignment_server, "TEMPERATURE", "PLADISNoSuchControl")
+    before = computed(server)
+    said = refused(tmp_path, "--server", server.url, "--temperatures", "2")
+    assert computed(server) == before
+    assert "has no node PLADISNoSuchControl, which --temperatures needs: link or copy the folder" in said
+    assert f"ln -s {TEMPERATURE_FOLDER}" in said
 
 
 def test_pictures_of_earlier_versions_are_of_the_same_run():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ sys.argv = arguments
 import pladis_pack.pladis_core  # noqa: E402
 
 sys.modules["pladis_core"] = pladis_pack.pladis_core
+
+from comfy_server import Server  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """One for all files that a process runs: to start it takes as long as most of them."""
+    with Server(sys.executable, Path(os.environ["COMFYUI_PATH"]), tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import random
-import sys
 import urllib.error
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from PIL import Image
 
 import tiny
-from comfy_server import Server
 from pladis_pack.nodes.hosting import choose_layers, find_target, numbers
 from pladis_pack.nodes.hosting.looking.words import find_words
 
@@ -67,12 +65,6 @@ def test_words():
             assert "words" in str(error), (text, error)
         else:
             assert all(0 <= p < 77 for word in found for p in word.positions), text
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(sys.executable, Path(os.environ["COMFYUI_PATH"]), tmp_path_factory.mktemp("comfyui")) as running:
-        yield running
 
 
 NUMBERS = itertools.count()

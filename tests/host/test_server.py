@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
 from io import BytesIO
-from pathlib import Path
 
 import pytest
 
-from comfy_server import PACK_FOLDER, Server
+from comfy_server import PACK_FOLDER
 from pladis_pack.demo.oracle import read, score
 from pladis_pack.demo.vocabulary import read_caption
 
@@ -50,12 +47,6 @@ def basic(scale: float, **inputs) -> dict:
 
 def advanced(**inputs) -> dict:
     return workflow("PLADISApplyAdvanced", **{**ADVANCED, **inputs})
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(sys.executable, Path(os.environ["COMFYUI_PATH"]), tmp_path_factory.mktemp("comfyui")) as running:
-        yield running
 
 
 def image(server, workflow: dict):

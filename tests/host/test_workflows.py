@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import urllib.error
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import templates
 from PIL import Image
 
-from comfy_server import PACK, PACK_FOLDER, Server
+from comfy_server import PACK, PACK_FOLDER
 from pladis_pack.demo.scenes import random_prompts
 from workflows import FOLDER, NAMES, NOTES, RUN_HERE, THIRD_PARTY, inputs_of, lacks, read, to_prompt, working
 
@@ -29,12 +28,6 @@ MOST_BYTES = 200_000
 # a node of ComfyUI that an older one has, but not with what the example chooses
 CORE_SINCE = {"krea2_turbo_text_to_image": {"CLIPLoader": "0.33.0"}}
 SHOWS = ("SaveImage", "PreviewImage")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(sys.executable, HOST, tmp_path_factory.mktemp("comfyui")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
