@@ -17,7 +17,6 @@ from . import operators
 from .impl import cpu, eager, gradient, trial
 from .impl.common import wants_grad
 
-BACKENDS = ("auto", "reference", "portable", "eager", "nvrtc", "triton")
 # far beyond any use, and far from where weights would overflow
 MAX_LAM = 1e6
 MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -171,16 +170,17 @@ def _attend(
 ) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value on the chosen backend."""
     _check_tensors(query, key, value, enable_gqa)
-    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    scale = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")
-    rows = query.shape[:-1]
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
     if attn_mask is not None and attn_mask.dtype not in MASK_DTYPES:
         raise ValueError(f"attn_mask must be boolean or floating point, not {attn_mask.dtype}")
-    attn_mask = _broadcast("attn_mask", attn_mask, (*rows, key.shape[-2]))
-    mix_mask = _mix_mask(mix_mask, (key.shape[0], key.shape[2]))
-    mass = _broadcast("mass", mass, (*rows, 1))
-    row_lse = _broadcast("row_lse", row_lse, (*rows, 1))
+    attn_mask = _broadcast("attn_mask", attn_mask, (batch, heads, queries, keys))
+    mix_mask = _mix_mask(mix_mask, (batch, keys))
+    mass = _broadcast("mass", mass, (batch, heads, queries, 1))
+    row_lse = _broadcast("row_lse", row_lse, (batch, heads, queries, 1))
     tensors = query, key, value, attn_mask, mass, row_lse
     implementation = _backend(backend, wants_grad(*tensors))
     if operators.looked_on(*tensors):
@@ -192,19 +192,19 @@ def _backend(name: str, with_gradient: bool):
     """The `attend` function of a backend."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    if name == "reference":
-        from .impl import reference
-
-        return reference.attend
-    attend = {
-        "auto": _fastest, "portable": eager.attend, "eager": _eager, "nvrtc": partial(_demanded, "nvrtc"),
-        "triton": _fused,
-    }[name]  # fmt: skip
-    if not with_gradient:
+    attend = _ATTEND[name]
+    # autograd goes through the reference by itself
+    if not with_gradient or name == "reference":
         return attend
     if name in ("nvrtc", "triton"):
         raise ValueError(f"backend {name!r} has no gradient: use backend='auto', or torch.no_grad()")
     return partial(gradient.attend, attend)
+
+
+def _reference(*args) -> torch.Tensor:
+    from .impl import reference
+
+    return reference.attend(*args)
 
 
 def _eager(query, key, value, *rest) -> torch.Tensor:
@@ -246,6 +246,12 @@ def _has_gpu_compiler(device: torch.device) -> bool:
 _trials = [trial.Trials("triton", "Triton")] if find_spec("triton") is not None else []
 _trials += [trial.Trials("nvrtc", "NVRTC")]
 
+_ATTEND = {
+    "auto": _fastest, "reference": _reference, "portable": eager.attend, "eager": _eager,
+    "nvrtc": partial(_demanded, "nvrtc"), "triton": _fused,
+}  # fmt: skip
+BACKENDS = tuple(_ATTEND)
+
 
 def _check_mix(lam: float, alpha: float) -> None:
     if not 1.0 <= alpha <= 2.0:
@@ -255,20 +261,22 @@ def _check_mix(lam: float, alpha: float) -> None:
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> None:
+    device = query.device
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, length, head_dim), not of shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device} and query on {query.device}: move them to one device")
-    if key.shape[:3] != value.shape[:3]:
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and query on {device}: move them to one device")
+    batch, heads, _, width = query.shape
+    key_batch, kv_heads, keys, key_width = key.shape
+    if value.shape[:3] != (key_batch, kv_heads, keys):
         raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in batch, heads or length")
-    if query.shape[0] != key.shape[0]:
-        raise ValueError(f"query has batch {query.shape[0]} and key has batch {key.shape[0]}")
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"query has head_dim {query.shape[3]} and key has head_dim {key.shape[3]}")
-    heads, kv_heads = query.shape[1], key.shape[1]
+    if batch != key_batch:
+        raise ValueError(f"query has batch {batch} and key has batch {key_batch}")
+    if width != key_width:
+        raise ValueError(f"query has head_dim {width} and key has head_dim {key_width}")
     if heads == kv_heads:
         return
     if not enable_gqa:

@@ -18,6 +18,7 @@ from .impl import eager, gradient
 from .impl.common import compute_dtype
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? mass, Tensor? row_lse, Tensor? mix_mask"
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _OPTIONS = "float scale, float alpha, float dense, float sparse"
 
 
@@ -25,8 +26,8 @@ def looked_on(*tensors: torch.Tensor | None) -> bool:
     """Whether somebody traces or transforms what is done to these tensors, or they hold no numbers."""
     if torch.compiler.is_compiling() or _is_transformed() or torch._C._len_torch_dispatch_stack():
         return True
-    plain = (torch.Tensor, torch.nn.Parameter)
-    return any(t is not None and (type(t) not in plain or t.is_meta or _is_functional(t)) for t in tensors)
+    # a list: every layer asks, and a generator takes twice as long
+    return any([t is not None and (type(t) not in _PLAIN or t.is_meta or _is_functional(t)) for t in tensors])
 
 
 def _is_transformed() -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ class Batch:
         """Whose rows may be in it."""
         return {prompt.role for prompt in self.prompts} or {"positive", "negative"}
 
-    def segments(self, rows: int, apply_to: str, options: Mapping[str, Any] | None = None) -> list[Segment]:
+    def segments(self, rows: int, apply_to: str, options: Mapping[str, Any] | None = None) -> Sequence[Segment]:
         """The `rows` of an attention call, as few segments as can be.
 
         Other packs may have changed the batch in between; where they marked their rows in `options`, these are told.
@@ -84,11 +85,11 @@ class Batch:
         if rows == self.rows and self.prompts:
             return _cut(self.prompts, apply_to)
         if apply_to == "both":
-            return [Segment(slice(0, rows), None, True)]
+            return (Segment(slice(0, rows), None, True),)
         couple = next((options[key] for key in COUPLE_KEYS if options.get(key)), None) if options else None
         if couple and rows % len(couple) == 0:
             share = rows // len(couple)
-            return _cut([Prompt(usual_role(index), None) for index in couple for _ in range(share)], apply_to)
+            return _cut(tuple(Prompt(usual_role(index), None) for index in couple for _ in range(share)), apply_to)
         raise RuntimeError(
             "PLADIS: another node (Attention Couple, tiled diffusion, a sampler of its own) rearranged the batch ("
             + (f"{self.batched} rows of ComfyUI's, " if self.batched not in (None, self.rows) else "")
@@ -97,14 +98,16 @@ class Batch:
         )
 
 
-def _cut(prompts: Sequence[Prompt], apply_to: str) -> list[Segment]:
+@lru_cache(maxsize=64)
+def _cut(prompts: tuple[Prompt, ...], apply_to: str) -> tuple[Segment, ...]:
+    """Cached: every layer of a model call asks."""
     segments, start = [], 0
     for (length, active), group in groupby(prompts, lambda p: (p.length, apply_to in ("both", p.role))):
         kinds = tuple(prompt.kinds for prompt in group)
         stop = start + len(kinds)
         segments.append(Segment(slice(start, stop), length, active, kinds))
         start = stop
-    return segments
+    return tuple(segments)
 
 
 def usual_role(index: int) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,8 +37,7 @@ def _signature_of(module: torch.nn.Module) -> Signature:
     return of_class if of_module.takes_any and not of_module.positions else of_module
 
 
-@dataclass(frozen=True)
-class Handed:
+class Handed(NamedTuple):
     """The arguments of one call of `module`."""
 
     module: torch.nn.Module
@@ -78,5 +77,5 @@ class Handed:
         """The same call with these transformer_options."""
         index = _signature_of(self.module).positions.get(OPTIONS, len(self.args))
         if index < len(self.args):
-            return replace(self, args=(*self.args[:index], options, *self.args[index + 1 :]))
-        return replace(self, kwargs={**self.kwargs, OPTIONS: options})
+            return self._replace(args=(*self.args[:index], options, *self.args[index + 1 :]))
+        return self._replace(kwargs={**self.kwargs, OPTIONS: options})

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .batch import Batch
 from .handed import Handed
+from .models.families import UNET
 from .models.layers import Layer
 from .models.target import Target
 from .settings import Settings
@@ -156,7 +157,7 @@ _hooked: WeakKeyDictionary[nn.Module, tuple[int, list]] = WeakKeyDictionary()
 def hooked(target: Target) -> Iterator[None]:
     """Hooks on the text modules of a network, which do nothing but for a call of ours. The last to leave removes them.
 
-    A gradient recomputes modules after the call, perhaps in a thread of autograd: then the hooks stay for the run.
+    They stay for the run, since a gradient recomputes modules after the call, perhaps in a thread of autograd.
     """
     network = target.network()
     with _lock:
@@ -182,31 +183,32 @@ def hooked(target: Target) -> Iterator[None]:
 def _hook(target: Target, module: nn.Module, layers: list[Layer]) -> list:
     def enter(module, args, kwargs):
         handed = Handed(module, args, kwargs)
-        # in a backward pass the options say whose call it was, wherever they come along
-        call = _call_on(target, handed.options.get(KEY) if in_backward() else None)
-        mine = [layer for layer in layers if call is not None and layer in call.active]
+        call = _call_on(target, handed)
+        mine = [layer for layer in layers if layer in call.active] if call is not None else []
         if not mine:
             return None
         call.ran.update(mine)
-        handed = call.enter(call, mine, handed)
-        return handed.args, handed.kwargs
+        entered = call.enter(call, mine, handed)
+        return None if entered is handed else (entered.args, entered.kwargs)
 
     def leave(module, args, output):
-        call = _call_on(target, None)
+        call = _call_on(target)
         if call is not None:
             call.leave()
 
-    return [
-        module.register_forward_pre_hook(enter, with_kwargs=True),
-        module.register_forward_hook(leave, always_call=True),
-    ]
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True)]
+    if target.family is None or target.family.kind != UNET:
+        # in a U-Net nothing is diverted for a module
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    return handles
 
 
-def _call_on(target: Target, of_options: ModelCall | None) -> ModelCall | None:
+def _call_on(target: Target, handed: Handed | None = None) -> ModelCall | None:
     """The call that runs in this thread on this network; in a backward pass, the one that is computed again."""
     call = current_call()
     if call is None and in_backward():
-        call = of_options or _kept.get(target.network())
+        # the options say whose call it was, wherever they come along
+        call = (handed and handed.options.get(KEY)) or _kept.get(target.network())
     return call if call is not None and call.target.network() is target.network() else None
 
 
@@ -214,7 +216,7 @@ def _hook_block(target: Target, block: nn.Module, layers: list[Layer]):
     """A block that runs without its text module is no step that a cache answered."""
 
     def enter(block, args):
-        call = _call_on(target, None)
+        call = _call_on(target)
         if call is not None:
             call.ran.update(layer for layer in layers if layer in call.active)
 

@@ -270,7 +270,8 @@ def _on_its_road(call: ModelCall | None, target: Target, context: Context, optio
         road.prepare(call, options)
         # a gradient may compute modules again when the call is over
         until = context.stack if torch.is_grad_enabled() and context.stack is not None else stack
-        until.enter_context(hooked(target))
+        # for the run, where one is open: to put hooks on all modules takes as long as a few of them
+        (context.stack or stack).enter_context(hooked(target))
         until.enter_context(kept(call))
         stack.enter_context(running(call))
         # another pack may have taken away the hook that a module is left with

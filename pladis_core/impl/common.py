@@ -27,7 +27,7 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def newton_steps(keys: int, alpha: float, dtype: torch.dtype) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from importlib import import_module
 
 import torch
@@ -25,14 +26,18 @@ class Trials:
     """Devices, and problems on devices where the kernel has run before, on which it failed.
 
     Args:
-        backend: a module here with `unusable` and `attend`.
+        backend: a module here with `unusable` and `attend`, imported when it is first needed.
         name: what it is called in the log.
     """
 
     def __init__(self, backend: str, name: str) -> None:
-        self._backend, self._name = backend, name
+        self._module, self._name = backend, name
         self._ran: set[torch.device] = set()
         self._failed: set = set()
+
+    @cached_property
+    def _backend(self):
+        return import_module(f".{self._module}", __package__)
 
     def attend(self, query, key, value, mask, mix_mask, scale, alpha, *rest) -> torch.Tensor | None:
         """The kernel's output; None where it cannot take the tensors, or failed at such a problem.
@@ -47,10 +52,9 @@ class Trials:
             return None
         inputs = (query, key, value, mask, mix_mask, scale, alpha, *rest)
         try:
-            backend = import_module(f".{self._backend}", __package__)
-            if backend.unusable(query, key, value) is not None:
+            if self._backend.unusable(query, key, value) is not None:
                 return None
-            out = _with_memory(backend.attend, inputs)
+            out = _with_memory(self._backend.attend, inputs)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # compilers, linkers, drivers and old releases fail each in a way of its own

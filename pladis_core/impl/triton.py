@@ -8,7 +8,6 @@ Runs where Triton does: NVIDIA, AMD and Intel GPUs, and on the CPU in Triton's i
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from functools import lru_cache
@@ -50,8 +49,6 @@ ALIGNED = 16
 ALL = 1000
 # of Newton's, which tiles of random scores need at least; equal scores take them too, and stay where they are
 LEAST_STEPS = 2
-# layouts of one problem whose kernels are kept at hand; Triton keeps all
-MOST_COMPILED = 64
 # since 3.3 a compiled kernel is called with all arguments
 LAUNCHES_COMPILED = not INTERPRETED.value and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 # of programs, in the second and third dimension
@@ -60,21 +57,30 @@ LARGEST_GRID = 65535
 
 def unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
     """Why the kernel cannot take these tensors; None if it can."""
-    dtypes = {query.dtype, key.dtype, value.dtype}
-    if len(dtypes) > 1 or query.dtype not in DTYPES:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return _unusable(
+        (query.dtype, key.dtype, value.dtype), query.shape, value.shape, query.device.type, *_target(query.device)
+    )
+
+
+@lru_cache(maxsize=1024)
+def _unusable(
+    dtypes: tuple[torch.dtype, ...], query: torch.Size, value: torch.Size, device: str, capability: int, wave: int
+) -> str | None:
+    """`unusable`, of the shapes of query and value."""
+    dtype, keys, width = dtypes[0], value[-2], max(query[-1], value[-1])
+    if len(set(dtypes)) > 1 or dtype not in DTYPES:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in set(dtypes)))
         return f"it takes float16, bfloat16 or float32, the same for query, key and value, not {names}"
-    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
-        return f"it takes a head_dim of at most {MAX_HEAD_DIM}, not {max(query.shape[-1], value.shape[-1])}"
-    if max(query.shape[:2]) > LARGEST_GRID:
-        return f"it takes at most {LARGEST_GRID} rows of a batch, not {max(query.shape[:2])}"
-    if query.device.type not in ("cuda", "xpu") and not INTERPRETED.value:
-        return f"Triton has no backend for {query.device.type} tensors"
-    capability, wave = _target(query.device)
+    if width > MAX_HEAD_DIM:
+        return f"it takes a head_dim of at most {MAX_HEAD_DIM}, not {width}"
+    if max(query[:2]) > LARGEST_GRID:
+        return f"it takes at most {LARGEST_GRID} rows of a batch, not {max(query[:2])}"
+    if device not in ("cuda", "xpu") and not INTERPRETED.value:
+        return f"Triton has no backend for {device} tensors"
     if 0 < capability < 80:
         return "Triton uses the tensor cores of compute capability 8.0 and newer only"
-    if wave and spills_on_amd(key.shape[-2], max(query.shape[-1], value.shape[-1]), query.dtype, wave):
-        return f"{key.shape[-2]} keys of width {query.shape[-1]} in {query.dtype} leave AMD's registers"
+    if wave and spills_on_amd(keys, width, dtype, wave):
+        return f"{keys} keys of width {query[-1]} in {dtype} leave AMD's registers"
     return None
 
 
@@ -175,7 +181,7 @@ def tolerance(alpha: float, keys: int, dtype: torch.dtype) -> float:
 
 
 class Plan(NamedTuple):
-    """What a launch needs beyond tensors and their sizes, and the kernels that it has compiled for these."""
+    """The kernel for a problem, and all that it takes beyond tensors and their sizes."""
 
     kernel: triton.JITFunction
     scale: Scale
@@ -184,7 +190,6 @@ class Plan(NamedTuple):
     tile: Tile
     constants: tuple[How, Tile]
     options: Mapping[str, object]  # of Triton's compiler
-    compiled: dict
 
 
 @lru_cache(maxsize=1024)
@@ -248,8 +253,21 @@ def plan(
         (How(*map(tl.constexpr, how)), Tile(*map(tl.constexpr, tile))),
         # sums of products are meant to be one rounding, which Triton 3.10 no longer takes for granted
         {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True},
-        {},
     )
+
+
+# of a tensor: shape, strides and dtype
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+class Launch(NamedTuple):
+    """What all calls with tensors of the same layouts have in common."""
+
+    plan: Plan
+    grid: tuple[int, int, int]
+    strides: tuple[tuple[int, int, int, int], ...]  # of all inputs, then of the output; 0 where nothing is read
+    sizes: Sizes
+    runners: dict  # what launches a kernel that Triton has compiled, by device and by which addresses are aligned
 
 
 def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
@@ -258,61 +276,79 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
     mix_mask, boolean (B, Lk): entmax takes part in the keys where it is True, with the softmax mass of these keys; the
     others weigh dense + sparse times their softmax.
     """
-    batch, heads, queries, width = query.shape
-    keys, value_width = value.shape[-2:]
-    out = query.new_empty(batch, queries, heads, value_width).transpose(1, 2)
-    if out.numel() == 0 or keys == 0 or (dense + sparse == 0.0 and alpha == 1.0):
-        return out.zero_()
     factor = mass if row_lse is None else row_lse
-    # what is not there is not read, but a pointer needs a tensor all the same
-    nothing = Tensor(query, 0, 0, 0, 0)
-    inputs = (
-        Tensor(query, *query.stride()),
-        Tensor(key, *key.stride()),
-        Tensor(value, *value.stride()),
-        nothing if mask is None else Tensor(mask, *mask.stride()),
-        nothing if mix_mask is None else Tensor(mix_mask, mix_mask.stride(0), 0, 0, mix_mask.stride(1)),
-        nothing if factor is None else Tensor(factor, factor.stride(0), factor.stride(1), factor.stride(2), 0),
-    )
-    row = max(abs(t.row) for t in inputs[:4]) * (max(queries, keys) + MAX_TILE)
-    column = max(abs(t.column) for t in inputs[:4]) * (max(width, value_width, keys) + MAX_TILE)
-    ptx, wave = _target(query.device)
-    chosen = plan(
-        queries, keys, width, value_width, query.dtype, scale, alpha, dense, sparse,
-        None if mask is None else mask.dtype, mix_mask is not None,
-        0 if factor is None else 1 if row_lse is None else 2, ptx, wave, row + column >= 2**31 or out.numel() >= 2**31,
-        all(_is_aligned(tensor) for tensor in (query, key, value, out)),
+    chosen = laid_out(
+        _layout(query), _layout(key), _layout(value), _layout(mask), _layout(mix_mask), _layout(factor),
+        0 if factor is None else 1 if row_lse is None else 2, scale, alpha, dense, sparse, *_target(query.device),
     )  # fmt: skip
-    grid = -(-queries // chosen.tile.BLOCK_Q), heads, batch
-    output = Tensor(out, queries * heads * value_width, value_width, heads * value_width, 1)
-    with _on_device(query.device):
-        launch(chosen, grid, (*inputs, output), Sizes(queries, keys, heads // key.shape[1]))
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    if chosen is None:
+        return out.zero_()
+    # what is not there is not read, but a pointer needs a tensor all the same
+    tensors = [query if t is None else t for t in (query, key, value, mask, mix_mask, factor)]
+    if _is_current(query.device):
+        launch(chosen, [*tensors, out])
+    else:
+        # Triton launches on the current device
+        with torch.get_device_module(query.device).device(query.device):
+            launch(chosen, [*tensors, out])
     return out
 
 
-def launch(plan: Plan, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], sizes: Sizes) -> None:
-    """plan.kernel over the grid. From the second time on without Triton's binder, which looks at each of some fifty
+def _layout(tensor: torch.Tensor | None) -> Layout | None:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+@lru_cache(maxsize=1024)
+def laid_out(
+    query: Layout, key: Layout, value: Layout, mask: Layout | None, mix_mask: Layout | None, factor: Layout | None,
+    mass: int, scale: float, alpha: float, dense: float, sparse: float, ptx: int, wave: int,
+) -> Launch | None:  # fmt: skip
+    """The launch for tensors of these layouts; None where the output is 0. mass, ptx, wave: as in `plan`."""
+    (batch, heads, queries, width), _, dtype = query
+    (_, kv_heads, keys, value_width), *_ = value
+    elements = batch * heads * queries * value_width
+    if elements == 0 or keys == 0 or (dense + sparse == 0.0 and alpha == 1.0):
+        return None
+    nothing = 0, 0, 0, 0
+    out = queries * heads * value_width, value_width, heads * value_width, 1
+    strides = (
+        query[1], key[1], value[1], nothing if mask is None else mask[1],
+        nothing if mix_mask is None else (mix_mask[1][0], 0, 0, mix_mask[1][1]),
+        nothing if factor is None else (*factor[1][:3], 0), out,
+    )  # fmt: skip
+    row = max(abs(row) for _, _, row, _ in strides[:4]) * (max(queries, keys) + MAX_TILE)
+    column = max(abs(column) for *_, column in strides[:4]) * (max(width, value_width, keys) + MAX_TILE)
+    chosen = plan(
+        queries, keys, width, value_width, dtype, scale, alpha, dense, sparse, None if mask is None else mask[2],
+        mix_mask is not None, mass, ptx, wave, row + column >= 2**31 or elements >= 2**31,
+        all(_is_aligned(strides[i], dtype) for i in (0, 1, 2, 6)),
+    )  # fmt: skip
+    grid = -(-queries // chosen.tile.BLOCK_Q), heads, batch
+    return Launch(chosen, grid, strides, Sizes(queries, keys, heads // kv_heads), {})
+
+
+def launch(chosen: Launch, tensors: list[torch.Tensor]) -> None:
+    """The kernel over the grid. From the second time on without Triton's binder, which looks at each of some fifty
     arguments for what a kernel may be compiled for, at ten times the price of a launch: the same sizes, strides and
     aligned addresses, on the same device, mean the same kernel.
     """
-    key = (
-        tensors[0].at.device.index, sizes, *(tensor[1:] for tensor in tensors),
-        *(tensor.at.data_ptr() % ALIGNED == 0 for tensor in tensors),
-    )  # fmt: skip
-    arguments = (*tensors, sizes, plan.scale, plan.solver, plan.weights, *plan.constants)
-    compiled = plan.compiled.get(key)
-    if compiled is not None:
-        compiled[grid](*arguments)
+    plan = chosen.plan
+    groups = [(tensor, *strides) for tensor, strides in zip(tensors, chosen.strides, strict=True)]
+    rest = (chosen.sizes, plan.scale, plan.solver, plan.weights, *plan.constants)
+    key = (tensors[0].device.index, *[tensor.data_ptr() % ALIGNED == 0 for tensor in tensors])
+    runner = chosen.runners.get(key)
+    if runner is not None:
+        runner(*groups, *rest)
         return
-    compiled = plan.kernel[grid](*arguments, **plan.options)
-    if LAUNCHES_COMPILED and len(plan.compiled) < MOST_COMPILED:
-        plan.compiled[key] = compiled
+    compiled = plan.kernel[chosen.grid](*(Tensor(*group) for group in groups), *rest, **plan.options)
+    if LAUNCHES_COMPILED:
+        chosen.runners[key] = compiled[chosen.grid]
 
 
-def _is_aligned(tensor: torch.Tensor) -> bool:
-    several = ALIGNED // tensor.element_size()
-    *strides, _ = tensor.stride()
-    return not any(stride % several for stride in strides)
+def _is_aligned(strides: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return not any(stride % (ALIGNED // dtype.itemsize) for stride in strides[:-1])
 
 
 @lru_cache
@@ -326,8 +362,5 @@ def _target(device: torch.device) -> tuple[int, int]:
     return 10 * major + minor, 0
 
 
-def _on_device(device: torch.device):
-    """Triton launches on the current device."""
-    if device.type == "cpu" or (device.type == "cuda" and device.index == torch.cuda.current_device()):
-        return contextlib.nullcontext()
-    return torch.get_device_module(device).device(device)
+def _is_current(device: torch.device) -> bool:
+    return device.type == "cpu" or (device.type == "cuda" and device.index == torch.cuda.current_device())

@@ -34,7 +34,7 @@ class Layer(NamedTuple):
 
     @property
     def key(self) -> tuple[str, int, int]:
-        return self.part, self.number, self.index
+        return self[1:4]
 
 
 # all that is known of a network that is not in the table

@@ -50,6 +50,8 @@ class Target:
 
     def expected(self, layers: Set[Layer], ran: Set[Layer]) -> Set[Layer]:
         """`layers` without those of experts that did not run, where others did."""
+        if self.family is None or not self.family.experts:
+            return layers
         running = {self.expert(layer) for layer in ran}
         return {layer for layer in layers if self.expert(layer) in running | {None}} if running else layers
 

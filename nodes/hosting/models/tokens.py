@@ -124,8 +124,10 @@ def kinds_of_keys(kinds: tuple[str, ...], keys: int) -> tuple[str, ...]:
     return rows if all(len(row) == keys for row in rows) else ()
 
 
+@lru_cache(maxsize=64)
 def mixed_keys(kinds: tuple[str, ...], choice: str, keys: int, device: torch.device) -> torch.Tensor | None:
-    """The mix_mask (rows, keys) of prompts of these kinds; None where all are mixed.
+    """The mix_mask (rows, keys) of prompts of these kinds; None where all are mixed. On the device once, not in every
+    layer.
 
     Raises:
         RuntimeError: for a prompt it cannot be told.
@@ -144,10 +146,6 @@ def mixed_keys(kinds: tuple[str, ...], choice: str, keys: int, device: torch.dev
             "line --- between (the negative prompt too, where it is not empty), or set apply_to to positive, or "
             "tokens to all."
         )
-    return _mask(rows, TOKENS[choice], str(device))
-
-
-@lru_cache(maxsize=64)
-def _mask(rows: tuple[str, ...], mixed: str, device: str) -> torch.Tensor:
-    """On the device once, not in every layer."""
-    return torch.tensor([[kind in mixed for kind in row] for row in rows], dtype=torch.bool, device=device)
+    # kept for runs that want gradients, too, which refuse tensors of inference mode
+    with torch.inference_mode(False):
+        return torch.tensor([[kind in TOKENS[choice] for kind in row] for row in rows], device=device)

@@ -142,7 +142,8 @@ class PladisHook:
         if segment.length not in (None, k.shape[1]):
             k, v = k[:, : segment.length], v[:, : segment.length]
         mask = repeat_mask(k, v) if segment.length is None else None
-        q, k, v = (t.unflatten(-1, (extra_options["n_heads"], -1)).transpose(1, 2) for t in (q, k, v))
+        rows, heads = q.shape[0], extra_options["n_heads"]
+        q, k, v = [t.view(rows, -1, heads, t.shape[2] // heads).transpose(1, 2) for t in (q, k, v)]
         if self.call.watch is not None:
             size = extra_options.get("activations_shape")
             size = size and tuple(size[-2:])
