@@ -9,10 +9,12 @@ import sys
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
+from pladis_core import api, pladis_attention
 from pladis_core.impl import triton as backend
 
 launches: list[tuple] = []
@@ -128,6 +130,14 @@ def main() -> None:
     backend.laid_out.cache_clear()
     attend(*first)
     found["functions called"] = direct, functions_called(lambda: attend(*first))
+    # as on a GPU, with checks, choices and what stands by for a kernel that fails
+    backend.LAUNCHES_COMPILED, backend.INTERPRETED = True, tl.constexpr(1)
+    api._has_gpu_compiler = lambda device: True
+    backend.laid_out.cache_clear()
+    with torch.inference_mode():
+        for _ in range(2):
+            pladis_attention(*first)
+        found["functions called"] += (functions_called(lambda: pladis_attention(*first)),)
     print(json.dumps(found))
 
 

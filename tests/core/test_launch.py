@@ -34,5 +34,7 @@ def test_a_layout_or_alignment_that_is_new_goes_through_triton_once(found):
 
 
 def test_it_costs_the_cpu_a_fraction(found):
-    direct, through_triton = found["functions called"]
-    assert direct < 0.5 * through_triton
+    direct, through_triton, whole = found["functions called"]
+    assert direct < 0.25 * through_triton
+    # with everything around it
+    assert whole < 0.5 * through_triton

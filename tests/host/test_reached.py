@@ -29,6 +29,7 @@ import tiny
 from graph import run_node
 from pladis_pack.nodes.hosting import find_target, receipt, running, wrappers
 from pladis_pack.nodes.hosting.handed import Handed
+from pladis_pack.nodes.hosting.roads import unet as unet_road
 from pladis_pack.nodes.hosting.suspects import advice, pack_of
 from tiny import apply
 
@@ -1146,3 +1147,34 @@ def test_prompts_of_other_lengths_in_tiles_of_a_transformer():
     prompts = families.prompt(family, 11, 14), families.prompt(family, 12, 7)
     expected = families.sample(apply(model), family, *prompts)
     assert relative(families.sample(apply(tiles(model)), family, *prompts), expected) < SAME
+
+
+def test_a_text_layer_costs_the_cpu_no_more_than_the_hosts(monkeypatch):
+    """In calls of Python's and C's functions, attention itself left out: what it costs, whatever else the machine does.
+    A U-Net has up to seventy such layers, and a fast GPU waits for them.
+    """
+    monkeypatch.setattr(unet_road, "pladis_attention", lambda q, *_, **__: q)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: q)
+
+    def functions_called(model, steps: int) -> int:
+        entered = 0
+
+        def count(_frame, event, _arg):
+            nonlocal entered
+            entered += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            tiny.sample(model, steps=steps)
+        finally:
+            sys.setprofile(None)
+        return entered
+
+    def in_a_step(model) -> float:
+        tiny.sample(model)
+        return (functions_called(model, 6) - functions_called(model, 2)) / 4
+
+    plain = tiny.patcher("SD15")
+    layers = len(find_target(plain).layers)
+    more = (in_a_step(tiny.apply(plain)) - in_a_step(plain)) / layers
+    assert more < 10, more
