@@ -265,7 +265,7 @@ class Launch(NamedTuple):
 
     plan: Plan
     grid: tuple[int, int, int]
-    strides: tuple[tuple[int, int, int, int], ...]  # of all inputs, then of the output; 0 where nothing is read
+    strides: tuple[tuple[int, ...], ...]  # of all inputs, then of the output; 0 where nothing is read
     sizes: Sizes
     runners: dict  # what launches a kernel that Triton has compiled, by device and by which addresses are aligned
 
