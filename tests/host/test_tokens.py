@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import comfy.samplers
 import comfy.sd1_clip
 import comfy.sdxl_clip
 import entmax
@@ -304,3 +305,30 @@ def test_kinds_are_told_once_for_each_context(sd15, monkeypatch):
     for _ in range(2):
         tiny.sample(apply(sd15, tokens=WITHOUT_START), positive, negative, steps=4)
     assert len(calls) == 2
+
+
+def test_a_gradient_after_a_run_in_inference_mode(sd15):
+    """Masks are kept from run to run, and autograd refuses tensors of inference mode."""
+    tokens.mixed_keys.cache_clear()
+    model = apply(sd15, tokens=WITHOUT_START)
+    with torch.inference_mode():
+        tiny.sample(model)
+    weights = sd15.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn2.to_k.weight
+    weights.requires_grad_(True)
+
+    class Gradient(comfy.samplers.Sampler):
+        def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
+            with torch.enable_grad():
+                denoised = model_wrap(noise, sigmas[:1], **extra_args)
+                denoised.square().mean().backward()
+            return denoised.detach()
+
+        def max_denoise(self, *args):
+            return False
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(tiny.POSITIVE, tiny.NEGATIVE)
+    guider.set_cfg(4.0)
+    noise = torch.randn(1, 4, 8, 8)
+    guider.sample(noise, noise * 0, Gradient(), torch.tensor([0.7, 0.0]), disable_pbar=True, seed=1)
+    assert weights.grad.isfinite().all() and weights.grad.abs().max() > 0
