@@ -266,7 +266,7 @@ class Launch(NamedTuple):
     plan: Plan
     grid: tuple[int, int, int]
     strides: tuple[tuple[int, ...], ...]  # of all inputs, then of the output; 0 where nothing is read
-    sizes: Sizes
+    others: tuple  # arguments behind the tensors
     runners: dict  # what launches a kernel that Triton has compiled, by device and by which addresses are aligned
 
 
@@ -277,8 +277,9 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
     others weigh dense + sparse times their softmax.
     """
     factor = mass if row_lse is None else row_lse
+    inputs = query, key, value, mask, mix_mask, factor
     chosen = laid_out(
-        _layout(query), _layout(key), _layout(value), _layout(mask), _layout(mix_mask), _layout(factor),
+        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in inputs],
         0 if factor is None else 1 if row_lse is None else 2, scale, alpha, dense, sparse, *_target(query.device),
     )  # fmt: skip
     batch, heads, queries, _ = query.shape
@@ -286,7 +287,7 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
     if chosen is None:
         return out.zero_()
     # what is not there is not read, but a pointer needs a tensor all the same
-    tensors = [query if t is None else t for t in (query, key, value, mask, mix_mask, factor)]
+    tensors = [query if t is None else t for t in inputs]
     if _is_current(query.device):
         launch(chosen, [*tensors, out])
     else:
@@ -294,10 +295,6 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
         with torch.get_device_module(query.device).device(query.device):
             launch(chosen, [*tensors, out])
     return out
-
-
-def _layout(tensor: torch.Tensor | None) -> Layout | None:
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
 
 
 @lru_cache(maxsize=1024)
@@ -326,7 +323,9 @@ def laid_out(
         all(_is_aligned(strides[i], dtype) for i in (0, 1, 2, 6)),
     )  # fmt: skip
     grid = -(-queries // chosen.tile.BLOCK_Q), heads, batch
-    return Launch(chosen, grid, strides, Sizes(queries, keys, heads // kv_heads), {})
+    sizes = Sizes(queries, keys, heads // kv_heads)
+    others = sizes, chosen.scale, chosen.solver, chosen.weights, *chosen.constants
+    return Launch(chosen, grid, strides, others, {})
 
 
 def launch(chosen: Launch, tensors: list[torch.Tensor]) -> None:
@@ -334,15 +333,14 @@ def launch(chosen: Launch, tensors: list[torch.Tensor]) -> None:
     arguments for what a kernel may be compiled for, at ten times the price of a launch: the same sizes, strides and
     aligned addresses, on the same device, mean the same kernel.
     """
-    plan = chosen.plan
     groups = [(tensor, *strides) for tensor, strides in zip(tensors, chosen.strides, strict=True)]
-    rest = (chosen.sizes, plan.scale, plan.solver, plan.weights, *plan.constants)
     key = (tensors[0].device.index, *[tensor.data_ptr() % ALIGNED == 0 for tensor in tensors])
     runner = chosen.runners.get(key)
     if runner is not None:
-        runner(*groups, *rest)
+        runner(*groups, *chosen.others)
         return
-    compiled = plan.kernel[chosen.grid](*(Tensor(*group) for group in groups), *rest, **plan.options)
+    plan = chosen.plan
+    compiled = plan.kernel[chosen.grid](*(Tensor(*group) for group in groups), *chosen.others, **plan.options)
     if LAUNCHES_COMPILED:
         chosen.runners[key] = compiled[chosen.grid]
 
