@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from .batch import Batch
 from .handed import Handed
@@ -157,16 +158,17 @@ _hooked: WeakKeyDictionary[nn.Module, tuple[int, list]] = WeakKeyDictionary()
 def hooked(target: Target) -> Iterator[None]:
     """Hooks on the text modules of a network, which do nothing but for a call of ours. The last to leave removes them.
 
-    They stay for the run, since a gradient recomputes modules after the call, perhaps in a thread of autograd.
+    They stay for the run, since a gradient recomputes modules after the call, perhaps in a thread of autograd. Where
+    another pack has taken one off meanwhile, or put one of its own behind it, the next call puts all on again: ours see
+    what a module gets last.
     """
     network = target.network()
     with _lock:
         count, handles = _hooked.get(network, (0, []))
-        if not count:
-            for module, layers in target.modules().items():
-                handles += _hook(target, module, layers)
-            for block, layers in target.blocks_around().items():
-                handles.append(_hook_block(target, block, layers))
+        if not count or not all(map(_is_last, handles)):
+            for handle in handles:
+                handle.remove()
+            handles = _put_on(target)
         _hooked[network] = (count + 1, handles)
     try:
         yield
@@ -178,6 +180,19 @@ def hooked(target: Target) -> Iterator[None]:
             else:
                 for handle in handles:
                     handle.remove()
+
+
+def _is_last(handle: RemovableHandle) -> bool:
+    return next(reversed(handle.hooks_dict_ref() or {}), None) == handle.id
+
+
+def _put_on(target: Target) -> list[RemovableHandle]:
+    handles = []
+    for module, layers in target.modules().items():
+        handles += _hook(target, module, layers)
+    for block, layers in target.blocks_around().items():
+        handles.append(_hook_block(target, block, layers))
+    return handles
 
 
 def _hook(target: Target, module: nn.Module, layers: list[Layer]) -> list:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import triton
@@ -14,8 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from pladis_core import api, pladis_attention
-from pladis_core.impl import triton as backend
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from function_calls import functions_called  # noqa: E402
+
+from pladis_core import api, pladis_attention  # noqa: E402
+from pladis_core.impl import triton as backend  # noqa: E402
 
 launches: list[tuple] = []
 
@@ -80,22 +84,6 @@ def inputs(queries=64, heads=2, offset=0):
 
 def attend(query, key, value):
     return backend.attend(query, key, value, None, None, 0.125, 1.5, -1.0, 2.0, None, None)
-
-
-def functions_called(call) -> int:
-    """How many functions, Python's and C's, a call enters: what it costs, whatever else the machine does."""
-    entered = 0
-
-    def count(_frame, event, _arg):
-        nonlocal entered
-        entered += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return entered
 
 
 def comparable(args: tuple) -> list:

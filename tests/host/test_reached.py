@@ -23,6 +23,7 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
+from function_calls import functions_called
 
 import families
 import tiny
@@ -1156,25 +1157,68 @@ def test_a_text_layer_costs_the_cpu_no_more_than_the_hosts(monkeypatch):
     monkeypatch.setattr(unet_road, "pladis_attention", lambda q, *_, **__: q)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: q)
 
-    def functions_called(model, steps: int) -> int:
-        entered = 0
-
-        def count(_frame, event, _arg):
-            nonlocal entered
-            entered += event in ("call", "c_call")
-
-        sys.setprofile(count)
-        try:
-            tiny.sample(model, steps=steps)
-        finally:
-            sys.setprofile(None)
-        return entered
-
     def in_a_step(model) -> float:
         tiny.sample(model)
-        return (functions_called(model, 6) - functions_called(model, 2)) / 4
+        six, two = (functions_called(partial(tiny.sample, model, steps=steps)) for steps in (6, 2))
+        return (six - two) / 4
 
     plain = tiny.patcher("SD15")
     layers = len(find_target(plain).layers)
     more = (in_a_step(tiny.apply(plain)) - in_a_step(plain)) / layers
     assert more < 10, more
+
+
+@pytest.mark.parametrize("name", ("unet", "SD3", "PixArt Sigma"))
+def test_hooks_that_another_pack_takes_off_between_steps_are_put_on_again(name, unet, caplog):
+    """Steps without them would look as if a cache had answered."""
+    family = None if name == "unet" else families.BY_NAME[name]
+    model = unet if family is None else families.patcher(family)
+
+    def take_off(args):
+        for module in model.model.diffusion_model.modules():
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+        return args["denoised"]
+
+    def run(model):
+        return tiny.sample(model, steps=3) if family is None else families.sample(model, family, steps=3)
+
+    expected = run(apply(model))
+    taken = apply(model)
+    taken.set_model_sampler_post_cfg_function(take_off)
+    with caplog.at_level("INFO"):
+        assert torch.equal(run(taken), expected)
+    assert "in 3 of 3 steps" in caplog.text
+
+
+@pytest.mark.parametrize("name", ("unet", "SD3"))
+def test_ours_see_what_a_module_gets_behind_a_hook_that_another_pack_puts_on_between_steps(name, unet):
+    """It hands each text module options of its own, as one that was there from the beginning may."""
+    family = None if name == "unet" else families.BY_NAME[name]
+    model = unet if family is None else families.patcher(family)
+    modules = [m() for m in find_target(model).found.values()]
+    handles = []
+
+    def bare(module, args, kwargs):
+        options = kwargs.get("transformer_options") or {}
+        kept = {k: v for k, v in options.items() if k not in ("optimized_attention_override", "patches_replace")}
+        return args, {**kwargs, "transformer_options": kept}
+
+    def put_on(args):
+        while handles:
+            handles.pop().remove()
+        handles.extend(m.register_forward_pre_hook(bare, with_kwargs=True) for m in modules)
+        return args["denoised"]
+
+    def run(model):
+        return tiny.sample(model, steps=3) if family is None else families.sample(model, family, steps=3)
+
+    expected = run(apply(model))
+    beside = apply(model)
+    beside.set_model_sampler_post_cfg_function(put_on)
+    try:
+        assert torch.equal(run(beside), expected)
+    finally:
+        put_on({"denoised": None})
+        while handles:
+            handles.pop().remove()
