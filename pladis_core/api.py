@@ -196,7 +196,7 @@ def _backend(name: str, with_gradient: bool):
     # autograd goes through the reference by itself
     if not with_gradient or name == "reference":
         return attend
-    if name in ("nvrtc", "triton"):
+    if name in ("cuda", "nvrtc", "triton"):
         raise ValueError(f"backend {name!r} has no gradient: use backend='auto', or torch.no_grad()")
     return partial(gradient.attend, attend)
 
@@ -244,11 +244,11 @@ def _has_gpu_compiler(device: torch.device) -> bool:
 
 # ComfyUI on Windows often comes without Triton: nothing to report
 _trials = [trial.Trials("triton", "Triton")] if find_spec("triton") is not None else []
-_trials += [trial.Trials("nvrtc", "NVRTC")]
+_trials += [trial.Trials("cuda", "NVRTC"), trial.Trials("nvrtc", "NVRTC")]
 
 _ATTEND = {
     "auto": _fastest, "reference": _reference, "portable": eager.attend, "eager": _eager,
-    "nvrtc": partial(_demanded, "nvrtc"), "triton": _fused,
+    "cuda": partial(_demanded, "cuda"), "nvrtc": partial(_demanded, "nvrtc"), "triton": _fused,
 }  # fmt: skip
 BACKENDS = tuple(_ATTEND)
 

@@ -11,14 +11,13 @@ not used.
 from __future__ import annotations
 
 import ctypes
-import sys
-from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from . import cuda_driver
 from .common import (
     LARGEST_CANCELLATION,
     STEPS_FROM_THE_PEAK,
@@ -31,6 +30,7 @@ from .common import (
     small_b,
     stored,
 )
+from .self_check import compare
 
 SOURCE = Path(__file__).with_name("rows.cu")
 # scores that a thread holds in its registers: fewer beside masks, which need some too
@@ -45,9 +45,7 @@ THREADS = 128
 LEAST_BUFFER_BYTES, LARGEST_BUFFER_BYTES = 8 << 20, 32 << 20
 # queries of a chunk come in such numbers, as tensor cores like them
 ALIGNMENT = 128
-CHECKED_ROWS = 64
-# of the largest value times a rounding
-TOLERANCE = 8.0
+CHECKED_WIDTH = 16
 # how a GPU converts float16, for which no header is needed
 PRELUDE = """
 #define LOOK_CHANGED(x) asm volatile("" : "+f"(x))
@@ -148,31 +146,12 @@ def check(kernels: Kernels, device: torch.device, variant: Variant) -> None:
     Raises:
         RuntimeError: they differ by more than rounding.
     """
-    # not to share code with it, but to be compared
-    from . import eager
-
     dtype = next(dtype for dtype, weight in WEIGHTS.items() if weight == variant.weight)
-    generator = torch.Generator().manual_seed(0)
-    keys = variant.least_keys
-    query, key, value = (
-        torch.randn(1, 2, length, 16, generator=generator).to(dtype) for length in (CHECKED_ROWS, *[keys] * 2)
-    )
-    mask = mix_mask = None
-    if variant.mask:
-        mask = torch.randn(CHECKED_ROWS, keys, generator=generator)
-        mask = mask.masked_fill(mask > 1.0, -torch.inf).expand(1, 2, -1, -1)
-    if variant.mix:
-        mix_mask = torch.arange(keys)[None] % 3 > 0
-    tensors = [t if t is None else t.to(device) for t in (query, key, value, mask, mix_mask)]
     alpha = {0: 1.25, 1: 1.002, 15: 1.5, 20: 2.0}[variant.alpha]
-    mix = {"scale": 0.25, "alpha": alpha, "dense": -1.0, "sparse": 2.0, "mass": None, "row_lse": None}
-    out = _attend(kernels, *tensors, **mix).float()
-    exact = [t.float() if t is not None and t.is_floating_point() else t for t in tensors]
-    expected = eager.attend(*exact, **mix)
-    error = (out - expected).abs().max().item()
-    allowed = TOLERANCE * torch.finfo(dtype).eps * value.abs().max().item()
-    if not error <= allowed:
-        raise RuntimeError(f"its result is off by {error:.1e}, where rounding allows {allowed:.1e}")
+    width = CHECKED_WIDTH
+    compare(
+        partial(_attend, kernels), device, dtype, variant.least_keys, width, width, alpha, variant.mask, variant.mix
+    )
 
 
 def _attend(
@@ -281,118 +260,35 @@ class Kernels:
     """The two kernels of a variant on a device."""
 
     def __init__(self, device: torch.device, variant: Variant) -> None:
-        self._driver = _library(DRIVERS)
-        self._device = device
         self._rows_of_block = THREADS // variant.lanes
         image = compiled(variant, torch.cuda.get_device_capability(device))
-        module = ctypes.c_void_p()
-        self._demand(self._driver.cuModuleLoadData(ctypes.byref(module), image))
-        self._functions = {}
-        for name in (b"pladis_rows", b"pladis_scale"):
-            function = ctypes.c_void_p()
-            self._demand(self._driver.cuModuleGetFunction(ctypes.byref(function), module, name))
-            self._functions[name] = function
+        self._functions = cuda_driver.Functions(device, image, ("pladis_rows", "pladis_scale"))
 
     def rows(self, scores, weights, factors, mask, mixed, mass, sizes: Rows) -> None:
         pointers = (scores, weights, factors, mask, mixed, mass)
-        self._launch(b"pladis_rows", -(-sizes.rows // self._rows_of_block), pointers, sizes)
+        self._launch("pladis_rows", -(-sizes.rows // self._rows_of_block), pointers, sizes)
 
     def scale(self, products, factors, out, sizes: Products) -> None:
-        self._launch(b"pladis_scale", -(-products.numel() // THREADS), (products, factors, out), sizes)
+        self._launch("pladis_scale", -(-products.numel() // THREADS), (products, factors, out), sizes)
 
-    def _launch(self, name: bytes, blocks: int, tensors, sizes: ctypes.Structure) -> None:
-        arguments = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-        addresses = (ctypes.c_void_p * (len(arguments) + 1))(
-            *(ctypes.addressof(argument) for argument in arguments), ctypes.addressof(sizes)
-        )
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        with torch.cuda.device(self._device):
-            self._demand(self._driver.cuLaunchKernel(
-                self._functions[name], blocks, 1, 1, THREADS, 1, 1, 0, stream, addresses, None
-            ))  # fmt: skip
-
-    def _demand(self, status: int) -> None:
-        if status == 0:
-            return
-        text = ctypes.c_char_p()
-        self._driver.cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"CUDA error: {(text.value or b'unknown').decode()} ({status})")
+    def _launch(self, name: str, blocks: int, tensors, sizes: ctypes.Structure) -> None:
+        self._functions.launch(name, blocks, THREADS, tensors, sizes)
 
 
 @lru_cache(maxsize=256)
 def kernels_of(device: torch.device, variant: Variant) -> Kernels:
     """Compiled, loaded and checked."""
     with torch.cuda.device(device):
-        # the driver loads a module into the context that torch has made
-        torch.cuda.current_stream().synchronize()
         kernels = Kernels(device, variant)
         check(kernels, device, variant)
     return kernels
-
-
-WINDOWS = sys.platform == "win32"
-DRIVERS = ("nvcuda.dll",) if WINDOWS else ("libcuda.so.1",)
 
 
 def compiled(variant: Variant, capability: tuple[int, int]) -> bytes:
     """Machine code of rows.cu for a compute capability. Needs no GPU.
 
     Raises:
-        RuntimeError: there is no NVRTC, it does not know the capability, or it finds an error.
+        RuntimeError: as `cuda_driver.compiled`.
     """
-    nvrtc = _library(_compilers())
     text = variant.definitions + PRELUDE + SOURCE.read_text(encoding="utf-8")
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--ftz=true"]
-    program = ctypes.c_void_p()
-    _nvrtc_demand(nvrtc, nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program), text.encode(), b"rows.cu", 0, None, None
-    ))  # fmt: skip
-    try:
-        status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-        if status:
-            log = _sized(nvrtc, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-            raise RuntimeError(f"NVRTC: {ctypes.create_string_buffer(log).value.decode(errors='replace') or status}")
-        return _sized(nvrtc, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def _sized(nvrtc: ctypes.CDLL, size_of, fill, program: ctypes.c_void_p) -> bytes:
-    size = ctypes.c_size_t()
-    _nvrtc_demand(nvrtc, size_of(program, ctypes.byref(size)))
-    buffer = ctypes.create_string_buffer(size.value)
-    _nvrtc_demand(nvrtc, fill(program, buffer))
-    return buffer.raw
-
-
-def _nvrtc_demand(nvrtc: ctypes.CDLL, status: int) -> None:
-    if status:
-        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
-        raise RuntimeError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
-
-
-def _compilers() -> tuple[str, ...]:
-    """Where torch's NVRTC may be: in torch, in NVIDIA's packages beside it, or wherever the system looks."""
-    torch_folder = Path(torch.__file__).parent
-    pattern = "nvrtc64_*_0.dll" if WINDOWS else "libnvrtc.so.*"
-    folders: Iterator[Path] = (folder for folder in (torch_folder / "lib", *torch_folder.parent.glob("nvidia/*/*")))
-    found = [str(file) for folder in folders for file in sorted(folder.glob(pattern))]
-    major = (torch.version.cuda or "").split(".")[0]
-    named = [f"nvrtc64_{major}0_0.dll"] if WINDOWS else [f"libnvrtc.so.{major}", "libnvrtc.so"]
-    return (*found, *named)
-
-
-@lru_cache
-def _library(names: tuple[str, ...]) -> ctypes.CDLL:
-    """The first of these that can be loaded.
-
-    Raises:
-        RuntimeError: none can.
-    """
-    for name in names:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise RuntimeError(f"no library {names[-1]} can be loaded")
-
+    return cuda_driver.compiled(text, SOURCE.name, capability)

@@ -1,14 +1,11 @@
-"""The kernel for NVIDIA GPUs without Triton, with no GPU: rows.cu compiled by g++, its warps as threads of a CPU.
+"""The kernel for NVIDIA GPUs without Triton, with no GPU: rows.cu compiled by g++, its threads as fibers of a CPU.
 
 What a CPU cannot show: torch's products of 16-bit tensors with float32 sums, the driver's launch, fast exponentials.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -17,28 +14,25 @@ import torch
 from test_attention import definition
 from test_entmax import clusters, edges, oracle
 from test_triton import assert_as_good_as_naive, mixed_in_part
+from warps_on_cpu import built, needs_gcc, nothing_in_new_tensors, run  # noqa: F401
 
 from pladis_core import api, pladis_attention
 from pladis_core.impl import eager, nvrtc, trial
 
-SHIM = Path(__file__).with_name("rows_on_cpu.cpp")
 LOOPS = """
-extern "C" void rows(int blocks, const float* scores, weight_t* weights, float* factors, const float* mask,
-                     const unsigned char* mixed, const float* mass, Rows sizes) {
-    std::vector<std::thread> lanes;
-    for (unsigned lane = 0; lane < 32; ++lane) lanes.emplace_back([=] {
-        for (unsigned at = 0; at < 4u * (unsigned)blocks; ++at) {
-            blockIdx.x = at / 4, threadIdx.x = at % 4 * 32 + lane;
-            pladis_rows(scores, weights, factors, mask, mixed, mass, sizes);
-        }
-    });
-    for (std::thread& lane : lanes) lane.join();
+extern "C" bool pladis_rows_on_cpu(int blocks, const float* scores, weight_t* weights, float* factors,
+                                   const float* mask, const unsigned char* mixed, const float* mass, Rows sizes) {
+    kernel = [=] { pladis_rows(scores, weights, factors, mask, mixed, mass, sizes); };
+    for (int block = 0; block < blocks; ++block)
+        if (!run_block(block, 128)) return false;
+    return true;
 }
-extern "C" void scale(int blocks, const float* products, const float* factors, weight_t* out, Products sizes) {
-    for (unsigned at = 0; at < 128u * (unsigned)blocks; ++at) {
-        blockIdx.x = at / 128, threadIdx.x = at % 128;
-        pladis_scale(products, factors, out, sizes);
-    }
+extern "C" bool pladis_scale_on_cpu(int blocks, const float* products, const float* factors, weight_t* out,
+                                    Products sizes) {
+    kernel = [=] { pladis_scale(products, factors, out, sizes); };
+    for (int block = 0; block < blocks; ++block)
+        if (!run_block(block, 128)) return false;
+    return true;
 }
 """
 # (B, H, Hkv, Lq, Lk, D, Dv); threads to a row: 1, 1, 1, 2, 4, 8
@@ -52,14 +46,7 @@ SHAPES = {
 }
 
 
-
-def gcc_version() -> int:
-    if shutil.which("g++") is None:
-        return 0
-    return int(subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True).stdout.split(".")[0])
-
-
-pytestmark = pytest.mark.skipif(gcc_version() < 12, reason="needs g++ 12, for float16 and barriers")
+pytestmark = needs_gcc
 
 
 class OnCpu(nvrtc.Kernels):
@@ -67,16 +54,11 @@ class OnCpu(nvrtc.Kernels):
 
     def __init__(self, variant: nvrtc.Variant, folder: Path) -> None:
         self._rows_of_block = nvrtc.THREADS // variant.lanes
-        source, library = folder / "rows.cpp", folder / f"{'-'.join(map(str, variant))}.so"
-        texts = (variant.definitions, SHIM.read_text(), nvrtc.SOURCE.read_text(), LOOPS)
-        source.write_text("".join(texts))
-        command = ["g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", "-pthread", str(source), "-o", str(library)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        self._loop = ctypes.CDLL(str(library))
+        name = "-".join(map(str, variant))
+        self._loops = built(folder, name, variant.definitions, nvrtc.SOURCE.read_text(), LOOPS)
 
     def _launch(self, name, blocks, tensors, sizes) -> None:
-        pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors)
-        getattr(self._loop, name.decode().removeprefix("pladis_"))(blocks, *pointers, sizes)
+        run(self._loops[f"{name}_on_cpu"], blocks, tensors, sizes)
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +76,10 @@ def kernels(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch, kernels):
-    """The backend takes CPU tensors; torch.empty gives NaN, so that whatever is not written shows."""
+    """The backend takes CPU tensors."""
     monkeypatch.setattr(nvrtc, "kernels_of", kernels)
     monkeypatch.setattr(nvrtc, "unusable", lambda *tensors: None)
     monkeypatch.setattr(nvrtc, "buffer_bytes", lambda device: 32 << 20)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def tensors(shape, dtype=torch.float32):
@@ -290,7 +266,7 @@ class Wrong(nvrtc.Kernels):
         pass
 
     def _launch(self, name, blocks, tensors, sizes) -> None:
-        tensors[1 if name == b"pladis_rows" else 2].fill_(0.5)
+        tensors[1 if name == "pladis_rows" else 2].fill_(0.5)
 
     _rows_of_block = 128
 

@@ -1,0 +1,321 @@
+"""Attention in one kernel on NVIDIA's tensor cores without Triton (most of Windows, and the RTX 20 series): `fused.cu`,
+which NVRTC compiles in less than a second at the first use of a length.
+
+It takes 16-bit inputs whose rows begin at multiples of 16 bytes, which those of hosts do; `impl/nvrtc.py` takes others.
+Before its first use on a device each variant is compared with `impl/eager.py` on a few rows: where they differ, it is
+not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import cuda_driver
+from .common import (
+    LARGEST_CANCELLATION,
+    STEPS_FROM_THE_PEAK,
+    Mix,
+    additive_mask,
+    newton_steps,
+    small_b,
+    stored,
+)
+from .self_check import compare
+
+KERNEL = "pladis_attention"
+SOURCES = Path(__file__).with_name("tensor_cores.cuh"), Path(__file__).with_name("fused.cu")
+# quotients and roots to two units of the last place
+OPTIONS = "--std=c++17", "--prec-div=false", "--prec-sqrt=false"
+TYPES = {torch.float16: 16, torch.bfloat16: 17}
+# of query and key, or of the value
+MAX_WIDTH = 256
+MAX_KEYS = 1024
+# bytes: of an address
+ALIGNED = 16
+# keys that differ by less share a kernel, as products take so many
+SIMILAR_KEYS = 16
+LANES = 32
+ROWS = 16
+# float32 numbers of a lane: scores and results together, so that its 255 registers hold what else there is
+LARGEST_SHARE = 200
+# bytes of shared memory for two buffers: if all keys fit, they stay; if not, a few at a time
+RESIDENT_BYTES, BUFFER_BYTES = 56 << 10, 40 << 10
+LOG2_E = 1.4426950408889634
+
+
+class Tensor(ctypes.Structure):
+    """`struct Tensor` of fused.cu."""
+
+    _fields_ = [(name, ctypes.c_longlong) for name in ("batch", "head", "row", "column")]
+
+
+class Problem(ctypes.Structure):
+    """`struct Problem` of fused.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("heads", "groups", "queries", "keys", "blocks", "steps", "divided")),
+        *((name, ctypes.c_float) for name in ("gain", "b", "start", "tolerance", "dense", "sparse", "factor")),
+        *((name, Tensor) for name in ("query", "key", "value", "out", "mask", "mixed", "mass")),
+    ]
+
+
+class Variant(NamedTuple):
+    """What fused.cu is compiled for; see there."""
+
+    keys: int
+    least_keys: int
+    width: int
+    value: int
+    share: int
+    warps: int
+    blocks: int
+    chunk: int
+    alpha: int
+    type: int
+    sign: int
+    mask: bool
+    mix: bool
+    mass: int
+    flip: bool
+
+    @property
+    def definitions(self) -> str:
+        return "".join(f"#define {name.upper()} {int(value)}\n" for name, value in self._asdict().items())
+
+    @property
+    def stride(self) -> int:
+        """Elements from a row of a buffer to the next."""
+        return _stride(self.width, self.value)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.keys // self.chunk)
+
+    @property
+    def groups(self) -> int:
+        """Tiles of queries that a block has at once."""
+        return self.warps // self.share
+
+    @property
+    def shared_bytes(self) -> int:
+        """Two buffers, or what the warps of a tile add to the first one's; behind them what they tell each other."""
+        buffers = 2 * self.chunk * self.stride * 2
+        parts = self.groups * (self.share - 1) * (_padded(self.value) // 8 * 4 + 2) * LANES * 4
+        return max(buffers + self.groups * 4 * self.share * ROWS * 4, parts)
+
+
+def _padded(width: int) -> int:
+    return -(-width // 16) * 16
+
+
+def _stride(width: int, value_width: int) -> int:
+    return _padded(max(width, value_width)) + 8
+
+
+def sizes(keys: int, width: int, value_width: int) -> dict[str, int]:
+    """share, warps, blocks and chunk of a `Variant`: a table, since the first image must not wait for a search."""
+    padded, columns = -(-keys // SIMILAR_KEYS) * SIMILAR_KEYS, _padded(value_width)
+    share = 1
+    while share < 8 and padded / share / 2 + columns / 2 > LARGEST_SHARE:
+        share *= 2
+    row = 2 * 2 * _stride(width, value_width)
+    step = 16 * share
+    chunk = -(-padded // step) * step
+    if chunk * row > RESIDENT_BYTES:
+        most = max(BUFFER_BYTES // row // step, 1) * step
+        # all of about a size
+        chunk = -(-padded // -(-padded // most) // step) * step
+    held = (-(-padded // chunk) * chunk / share + columns) / 2
+    if held <= 76:
+        warps, blocks = 8, 2
+    elif share > 1:
+        warps, blocks = 8, 1
+    else:
+        warps, blocks = 4, 3 if held <= 116 else 2
+    return {"share": share, "warps": warps, "blocks": blocks, "chunk": chunk}
+
+
+def unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Why it cannot take these tensors; None if it can."""
+    dtypes = {query.dtype, key.dtype, value.dtype}
+    if len(dtypes) > 1 or query.dtype not in TYPES:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"it takes float16 or bfloat16, the same for query, key and value, not {names}"
+    if key.shape[-2] > MAX_KEYS:
+        return f"it takes at most {MAX_KEYS} keys, not {key.shape[-2]}"
+    width = max(query.shape[-1], value.shape[-1])
+    if width > MAX_WIDTH or query.shape[-1] % 8 or value.shape[-1] % 8:
+        return f"it takes a head_dim of a multiple of 8 up to {MAX_WIDTH}, not {query.shape[-1]}, {value.shape[-1]}"
+    for tensor in (query, key, value):
+        if not _is_aligned(tensor):
+            return "it takes tensors whose rows are contiguous and begin at multiples of 16 bytes"
+    if query.device.type != "cuda" or torch.version.cuda is None:
+        return f"it is for NVIDIA GPUs, not for {query.device.type} tensors"
+    least = (8, 0) if query.dtype == torch.bfloat16 else (7, 5)
+    if _capability(query.device) < least:
+        return f"it needs compute capability {least[0]}.{least[1]} for {query.dtype}"
+    return None
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    *outer, column = tensor.stride()
+    elements = ALIGNED // tensor.element_size()
+    return column == 1 and tensor.data_ptr() % ALIGNED == 0 and not any(stride % elements for stride in outer)
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse) -> torch.Tensor:
+    """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value; shapes as in `pladis_core.api`.
+
+    Raises:
+        RuntimeError: NVRTC or the driver fails, or the kernel does not compute what `impl/eager.py` does.
+    """
+    return _attend(kernel_of, query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse)
+
+
+def _attend(
+    kernel_of, query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse
+) -> torch.Tensor:
+    batch, heads, queries, _ = query.shape
+    # laid out [B, Lq, H, Dv], which is what a caller that merges the heads wants without a copy
+    out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+    if out.numel() == 0 or key.shape[-2] == 0:
+        return out.zero_()
+    if mask is not None:
+        mask = additive_mask(stored(mask), torch.float32).expand(mask.shape)
+    factor = mass if row_lse is None else row_lse
+    factor = None if factor is None else stored(factor).float().expand(factor.shape)
+    kind = 0 if factor is None else 1 if row_lse is None else 2
+    chosen = laid_out(
+        kernel_of, query.device, query.dtype, query.shape, value.shape,
+        tuple(None if t is None else t.stride() for t in (query, key, value, out, mask, mix_mask, factor)), kind,
+        scale, alpha, dense, sparse,
+    )  # fmt: skip
+    chosen.kernel.launch(chosen.blocks, (query, key, value, out, mask, mix_mask, factor), chosen.problem)
+    return out
+
+
+class Launch(NamedTuple):
+    """What all calls with tensors of the same layouts have in common."""
+
+    kernel: Kernel
+    blocks: int
+    problem: Problem
+
+
+@lru_cache(maxsize=1024)
+def laid_out(
+    kernel_of, device: torch.device, dtype: torch.dtype, query: torch.Size, value: torch.Size,
+    strides: tuple[tuple[int, ...] | None, ...], mass: int, scale: float, alpha: float, dense: float, sparse: float,
+) -> Launch:  # fmt: skip
+    """The launch for a problem. strides: of query, key, value, output, mask, mix mask and mass; mass: as in `Variant`."""
+    batch, heads, queries, width = query
+    _, kv_heads, keys, value_width = value
+    *of_tensors, of_mix, of_mass = strides
+    of_mask = of_tensors[4]
+    steps, start = newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK, 0.0
+    if alpha == 1.0 or sparse == 0.0:
+        # softmax alone: no steps from where every entmax weight is 0
+        alpha, dense, sparse, of_mix, steps, start = 1.5, dense + sparse, 0.0, None, 0, 2.0
+    weights, whole = Mix.of(dense, sparse), dense + sparse
+    padded = -(-keys // SIMILAR_KEYS) * SIMILAR_KEYS
+    variant = Variant(
+        keys=padded,
+        least_keys=padded - SIMILAR_KEYS + 1,
+        width=width,
+        value=value_width,
+        **sizes(keys, width, value_width),
+        alpha={1.5: 15, 2.0: 20}.get(alpha, 1 if alpha - 1.0 < small_b(dtype) else 0),
+        type=TYPES[dtype],
+        sign=(-1 if weights.dense < 0.0 else 1) if weights.unit and of_mix is None else 0,
+        mask=of_mask is not None,
+        mix=of_mix is not None,
+        mass=mass,
+        flip=scale < 0.0,
+    )
+    kernel = kernel_of(device, variant)
+    nothing = 0, 0, 0, 0
+    tiles = -(-queries // ROWS)
+    blocks = -(-tiles // variant.groups)
+    if variant.chunks == variant.share == 1:
+        # keys and values stay in shared memory while a block goes from tile to tile
+        blocks = max(1, min(blocks, kernel.blocks_at_once // (batch * heads)))
+    problem = Problem(
+        heads=heads, groups=heads // kv_heads, queries=queries, keys=keys, blocks=blocks, steps=steps,
+        divided=abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole),
+        gain=max(abs(scale) * LOG2_E, 1e-30), b=alpha - 1.0, start=start, tolerance=tolerance(alpha),
+        dense=weights.dense, sparse=weights.sparse, factor=weights.factor,
+        query=of_tensors[0], key=of_tensors[1], value=of_tensors[2], out=of_tensors[3], mask=of_mask or nothing,
+        mixed=nothing if of_mix is None else (of_mix[0], 0, 0, of_mix[1]), mass=(*of_mass[:3], 0) if of_mass else nothing,
+    )  # fmt: skip
+    return Launch(kernel, batch * heads * blocks, problem)
+
+
+def tolerance(alpha: float) -> float:
+    """A step below it leaves u within some 2e-4 of the root, which 16-bit weights do not show: Newton's square it, but
+    for sparsemax, whose last one is exact."""
+    return 1e-2 * 0.03 ** (2.0 * max(alpha - 1.5, 0.0))
+
+
+class Kernel:
+    """A variant on a device."""
+
+    # few as long as it is not checked: what a block does again is checked, too
+    blocks_at_once = 1
+
+    def __init__(self, device: torch.device, variant: Variant) -> None:
+        self._threads = variant.warps * LANES
+        image = compiled(variant, _capability(device))
+        self._functions = cuda_driver.Functions(device, image, (KERNEL,), variant.shared_bytes)
+
+    def use_whole_device(self) -> None:
+        self.blocks_at_once = self._functions.blocks_at_once(KERNEL, self._threads)
+
+    def launch(self, blocks: int, tensors, problem: Problem) -> None:
+        self._functions.launch(KERNEL, blocks, self._threads, tensors, problem)
+
+
+@lru_cache(maxsize=256)
+def kernel_of(device: torch.device, variant: Variant) -> Kernel:
+    """Compiled, loaded and checked."""
+    with torch.cuda.device(device):
+        kernel = Kernel(device, variant)
+        check(kernel, device, variant)
+        kernel.use_whole_device()
+    return kernel
+
+
+def check(kernel: Kernel, device: torch.device, variant: Variant) -> None:
+    """Compares with `impl/eager.py` on a few random rows.
+
+    Raises:
+        RuntimeError: they differ by more than rounding.
+    """
+    dtype = next(dtype for dtype, number in TYPES.items() if number == variant.type)
+    alpha = {0: 1.25, 1: 1.002, 15: 1.5, 20: 2.0}[variant.alpha]
+    # weights of 3, so that entmax has a factor; or those whose softmax has the variant's sign
+    dense, sparse = (-1.0, 2.0) if variant.sign < 0 else (0.25, 0.75) if variant.sign > 0 else (1.5, 1.0)
+    compare(
+        partial(_attend, lambda device, wanted: kernel), device, dtype, variant.least_keys, variant.width,
+        variant.value, alpha, variant.mask, variant.mix, variant.mass, -1.0 if variant.flip else 1.0, dense, sparse,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def compiled(variant: Variant, capability: tuple[int, int]) -> bytes:
+    """Machine code of fused.cu for a compute capability. Needs no GPU.
+
+    Raises:
+        RuntimeError: as `cuda_driver.compiled`.
+    """
+    text = variant.definitions + "".join(source.read_text(encoding="utf-8") for source in SOURCES)
+    return cuda_driver.compiled(text, SOURCES[-1].name, capability, OPTIONS)
