@@ -37,13 +37,17 @@ MAX_WIDTH = 256
 MAX_KEYS = 1024
 # bytes: of an address
 ALIGNED = 16
-# keys that differ by less share a kernel, as products take so many
-SIMILAR_KEYS = 16
+# keys, and columns, that a product takes: texts whose lengths differ by less share a kernel
+PRODUCT = 16
 LANES = 32
 ROWS = 16
+# warps that share a tile
+MAX_SHARE = 4
 # float32 numbers of a lane: scores and results together, so that its 255 registers hold what else there is
-LARGEST_SHARE = 200
-# bytes of shared memory for two buffers: if all keys fit, they stay; if not, a few at a time
+LARGEST_SHARE, MOST_HELD = 200, 220
+# bytes of shared memory that every GPU has for a block
+SHARED_BYTES = 64 << 10
+# of these for two buffers: if all keys fit, they stay; if not, a few at a time
 RESIDENT_BYTES, BUFFER_BYTES = 56 << 10, 40 << 10
 LOG2_E = 1.4426950408889634
 
@@ -88,11 +92,6 @@ class Variant(NamedTuple):
         return "".join(f"#define {name.upper()} {int(value)}\n" for name, value in self._asdict().items())
 
     @property
-    def stride(self) -> int:
-        """Elements from a row of a buffer to the next."""
-        return _stride(self.width, self.value)
-
-    @property
     def chunks(self) -> int:
         return -(-self.keys // self.chunk)
 
@@ -103,33 +102,45 @@ class Variant(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """Two buffers, or what the warps of a tile add to the first one's; behind them what they tell each other."""
-        buffers = 2 * self.chunk * self.stride * 2
-        parts = self.groups * (self.share - 1) * (_padded(self.value) // 8 * 4 + 2) * LANES * 4
-        return max(buffers + self.groups * 4 * self.share * ROWS * 4, parts)
+        return _shared_bytes(self.width, self.value, self.share, self.warps, self.chunk)
 
 
-def _padded(width: int) -> int:
-    return -(-width // 16) * 16
+def _padded(length: int) -> int:
+    return -(-length // PRODUCT) * PRODUCT
 
 
-def _stride(width: int, value_width: int) -> int:
-    return _padded(max(width, value_width)) + 8
+def _row_bytes(width: int, value_width: int) -> int:
+    """Of a row in both buffers."""
+    return 2 * 2 * (_padded(max(width, value_width)) + 8)
 
 
+def _parts(share: int, warps: int, value_width: int) -> int:
+    """Bytes of what all but the first warps of tiles have of their results."""
+    return warps // share * (share - 1) * (_padded(value_width) // 8 * 4 + 2) * LANES * 4
+
+
+def _shared_bytes(width: int, value_width: int, share: int, warps: int, chunk: int) -> int:
+    """Two buffers, later those parts; behind the buffers what the warps of a tile tell each other."""
+    messages = warps // share * 4 * share * ROWS * 4
+    return max(chunk * _row_bytes(width, value_width) + messages, _parts(share, warps, value_width))
+
+
+@lru_cache(maxsize=1024)
 def sizes(keys: int, width: int, value_width: int) -> dict[str, int]:
     """share, warps, blocks and chunk of a `Variant`: a table, since the first image must not wait for a search."""
-    padded, columns = -(-keys // SIMILAR_KEYS) * SIMILAR_KEYS, _padded(value_width)
+    padded, columns = max(_padded(keys), PRODUCT), _padded(value_width)
     share = 1
-    while share < 8 and padded / share / 2 + columns / 2 > LARGEST_SHARE:
+    while share < MAX_SHARE and padded / share / 2 + columns / 2 > LARGEST_SHARE:
         share *= 2
-    row = 2 * 2 * _stride(width, value_width)
+    row = _row_bytes(width, value_width)
     step = 16 * share
     chunk = -(-padded // step) * step
     if chunk * row > RESIDENT_BYTES:
-        most = max(BUFFER_BYTES // row // step, 1) * step
-        # all of about a size
-        chunk = -(-padded // -(-padded // most) // step) * step
+        most = max(BUFFER_BYTES // row // step, 1)
+        # the fewest keys past the last one, and then the fewest chunks
+        chunk = min(
+            (step * n for n in range(-(-most // 2), most + 1)), key=lambda size: (-(-padded // size) * size, -size)
+        )
     held = (-(-padded // chunk) * chunk / share + columns) / 2
     if held <= 76:
         warps, blocks = 8, 2
@@ -137,35 +148,55 @@ def sizes(keys: int, width: int, value_width: int) -> dict[str, int]:
         warps, blocks = 8, 1
     else:
         warps, blocks = 4, 3 if held <= 116 else 2
+    while warps > share and _parts(share, warps, value_width) > RESIDENT_BYTES:
+        warps //= 2
     return {"share": share, "warps": warps, "blocks": blocks, "chunk": chunk}
 
 
 def unusable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
     """Why it cannot take these tensors; None if it can."""
-    dtypes = {query.dtype, key.dtype, value.dtype}
-    if len(dtypes) > 1 or query.dtype not in TYPES:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    if any([tensor.data_ptr() % ALIGNED for tensor in (query, key, value)]):
+        return UNALIGNED
+    return _unusable(
+        (query.dtype, key.dtype, value.dtype), query.shape, value.shape,
+        (query.stride(), key.stride(), value.stride()), query.device,
+    )  # fmt: skip
+
+
+UNALIGNED = "it takes tensors whose rows are contiguous and begin at multiples of 16 bytes"
+
+
+@lru_cache(maxsize=1024)
+def _unusable(
+    dtypes: tuple[torch.dtype, ...], query: torch.Size, value: torch.Size, strides: tuple[tuple[int, ...], ...],
+    device: torch.device,
+) -> str | None:  # fmt: skip
+    """`unusable`, of the shapes of query and value."""
+    if len(set(dtypes)) > 1 or dtypes[0] not in TYPES:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in set(dtypes)))
         return f"it takes float16 or bfloat16, the same for query, key and value, not {names}"
-    if key.shape[-2] > MAX_KEYS:
-        return f"it takes at most {MAX_KEYS} keys, not {key.shape[-2]}"
-    width = max(query.shape[-1], value.shape[-1])
-    if width > MAX_WIDTH or query.shape[-1] % 8 or value.shape[-1] % 8:
-        return f"it takes a head_dim of a multiple of 8 up to {MAX_WIDTH}, not {query.shape[-1]}, {value.shape[-1]}"
-    for tensor in (query, key, value):
-        if not _is_aligned(tensor):
-            return "it takes tensors whose rows are contiguous and begin at multiples of 16 bytes"
-    if query.device.type != "cuda" or torch.version.cuda is None:
-        return f"it is for NVIDIA GPUs, not for {query.device.type} tensors"
-    least = (8, 0) if query.dtype == torch.bfloat16 else (7, 5)
-    if _capability(query.device) < least:
-        return f"it needs compute capability {least[0]}.{least[1]} for {query.dtype}"
+    if value[-2] > MAX_KEYS:
+        return f"it takes at most {MAX_KEYS} keys, not {value[-2]}"
+    if max(query[-1], value[-1]) > MAX_WIDTH or query[-1] % 8 or value[-1] % 8:
+        return f"it takes a head_dim of a multiple of 8 up to {MAX_WIDTH}, not {query[-1]} or {value[-1]}"
+    if not _fits(value[-2], query[-1], value[-1]):
+        return f"{value[-2]} keys of width {max(query[-1], value[-1])} leave its registers"
+    elements = ALIGNED // dtypes[0].itemsize
+    if any(column != 1 or any(stride % elements for stride in outer) for *outer, column in strides):
+        return UNALIGNED
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"it is for NVIDIA GPUs, not for {device.type} tensors"
+    least = (8, 0) if dtypes[0] == torch.bfloat16 else (7, 5)
+    if _capability(device) < least:
+        return f"it needs compute capability {least[0]}.{least[1]} for {dtypes[0]}"
     return None
 
 
-def _is_aligned(tensor: torch.Tensor) -> bool:
-    *outer, column = tensor.stride()
-    elements = ALIGNED // tensor.element_size()
-    return column == 1 and tensor.data_ptr() % ALIGNED == 0 and not any(stride % elements for stride in outer)
+def _fits(keys: int, width: int, value_width: int) -> bool:
+    chosen = sizes(keys, width, value_width)
+    share, chunk = chosen["share"], chosen["chunk"]
+    held = (-(-keys // chunk) * chunk / share + _padded(value_width)) / 2
+    return held <= MOST_HELD and _shared_bytes(width, value_width, share, chosen["warps"], chunk) <= SHARED_BYTES
 
 
 @lru_cache
@@ -217,7 +248,7 @@ def laid_out(
     kernel_of, device: torch.device, dtype: torch.dtype, query: torch.Size, value: torch.Size,
     strides: tuple[tuple[int, ...] | None, ...], mass: int, scale: float, alpha: float, dense: float, sparse: float,
 ) -> Launch:  # fmt: skip
-    """The launch for a problem. strides: of query, key, value, output, mask, mix mask and mass; mass: as in `Variant`."""
+    """The launch for a problem. strides: of query, key, value, output, mask, mix mask and mass; mass: of `Variant`."""
     batch, heads, queries, width = query
     _, kv_heads, keys, value_width = value
     *of_tensors, of_mix, of_mass = strides
@@ -227,10 +258,10 @@ def laid_out(
         # softmax alone: no steps from where every entmax weight is 0
         alpha, dense, sparse, of_mix, steps, start = 1.5, dense + sparse, 0.0, None, 0, 2.0
     weights, whole = Mix.of(dense, sparse), dense + sparse
-    padded = -(-keys // SIMILAR_KEYS) * SIMILAR_KEYS
+    padded = _padded(keys)
     variant = Variant(
         keys=padded,
-        least_keys=padded - SIMILAR_KEYS + 1,
+        least_keys=padded - PRODUCT + 1,
         width=width,
         value=value_width,
         **sizes(keys, width, value_width),
@@ -255,7 +286,8 @@ def laid_out(
         gain=max(abs(scale) * LOG2_E, 1e-30), b=alpha - 1.0, start=start, tolerance=tolerance(alpha),
         dense=weights.dense, sparse=weights.sparse, factor=weights.factor,
         query=of_tensors[0], key=of_tensors[1], value=of_tensors[2], out=of_tensors[3], mask=of_mask or nothing,
-        mixed=nothing if of_mix is None else (of_mix[0], 0, 0, of_mix[1]), mass=(*of_mass[:3], 0) if of_mass else nothing,
+        mixed=nothing if of_mix is None else (of_mix[0], 0, 0, of_mix[1]),
+        mass=nothing if of_mass is None else (*of_mass[:3], 0),
     )  # fmt: skip
     return Launch(kernel, batch * heads * blocks, problem)
 

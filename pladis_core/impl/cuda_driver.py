@@ -1,5 +1,5 @@
-"""CUDA C++ at run time: NVRTC, CUDA's compiler, which torch ships, and the driver, which launches what it makes. Neither
-a toolkit nor a compiler need be installed.
+"""CUDA C++ at run time: NVRTC, CUDA's compiler, which torch ships, and the driver, which launches what that makes.
+Neither a toolkit nor a compiler need be installed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 WINDOWS = sys.platform == "win32"
 DRIVERS = ("nvcuda.dll",) if WINDOWS else ("libcuda.so.1",)
+POINTER = ctypes.sizeof(ctypes.c_void_p)
 # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 LARGEST_SHARED_MEMORY = 8
 
@@ -46,15 +47,24 @@ class Functions:
 
     def launch(self, name: str, blocks: int, threads: int, tensors, sizes: ctypes.Structure) -> None:
         """A kernel that takes the addresses of `tensors`, nothing for None, and `sizes` after them."""
-        arguments = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-        addresses = (ctypes.c_void_p * (len(arguments) + 1))(
-            *(ctypes.addressof(argument) for argument in arguments), ctypes.addressof(sizes)
+        count = len(tensors)
+        values = (ctypes.c_void_p * count)(*[None if t is None else t.data_ptr() for t in tensors])
+        first = ctypes.addressof(values)
+        addresses = (ctypes.c_void_p * (count + 1))(
+            *range(first, first + POINTER * count, POINTER), ctypes.addressof(sizes)
         )
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        with torch.cuda.device(self._device):
-            self._demand(self._driver.cuLaunchKernel(
-                self._functions[name], blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, addresses, None
-            ))  # fmt: skip
+        if torch.cuda.current_device() == self._device.index:
+            self._start(name, blocks, threads, addresses)
+        else:
+            with torch.cuda.device(self._device):
+                self._start(name, blocks, threads, addresses)
+
+    def _start(self, name: str, blocks: int, threads: int, addresses: ctypes.Array) -> None:
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._demand(self._driver.cuLaunchKernel(
+            self._functions[name], blocks, 1, 1, threads, 1, 1, self._shared_bytes, ctypes.c_void_p(stream), addresses,
+            None,
+        ))  # fmt: skip
 
     def blocks_at_once(self, name: str, threads: int) -> int:
         """How many blocks the device runs at a time."""

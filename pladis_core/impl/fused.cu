@@ -13,12 +13,11 @@
 // another.
 //
 // Defined before this text:
-//   KEYS           that the kernel takes at most, and at least 15 fewer or LEAST_KEYS: SHARE * 16 divides CHUNK
-//   LEAST_KEYS     so many are there
+//   KEYS           that the kernel takes at most, a multiple of 16, and LEAST_KEYS at least
 //   WIDTH, VALUE   columns of query and key, and of the value: multiples of 8
 //   SHARE          warps that share a tile
 //   WARPS, BLOCKS  of a block, and blocks that a multiprocessor is meant to hold
-//   CHUNK          keys of a buffer
+//   CHUNK          keys of a buffer, a multiple of 16 SHARE
 //   ALPHA          15, 20, 1 for alphas near 1, 0 for any other
 //   TYPE           16 float16, 17 bfloat16
 //   SIGN           of the softmax where the factor of entmax is 1; 0 where that is any other
@@ -176,8 +175,11 @@ __device__ __forceinline__ float entmax(float c, float offset, float b, bool mix
 template <int COLUMNS_THERE>
 __device__ __forceinline__ void copy_chunk(half_t* buffer, const half_t* from, long long row, int first, int keys) {
     const int pieces = PADDED(COLUMNS_THERE) / 8;
+    // addresses are computed anew: else they are kept, in registers that are not there
+    int thread = (int)threadIdx.x;
+    LOOK_CHANGED(thread);
     UNROLLED (int start = 0; start < CHUNK * pieces; start += WARPS * 32) {
-        const int at = start + (int)threadIdx.x, key = at / pieces, column = at % pieces * 8;
+        const int at = start + thread, key = at / pieces, column = at % pieces * 8;
         if ((start + WARPS * 32) <= CHUNK * pieces || at < CHUNK * pieces) {
             const bool inside = first + key < keys && column < COLUMNS_THERE;
             const half_t* source = inside ? from + (first + key) * row + column : from;
@@ -202,8 +204,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
     const int at_head = (int)(blockIdx.x / (unsigned)s.blocks), block = (int)(blockIdx.x % (unsigned)s.blocks);
     const int batch = at_head / s.heads, head = at_head % s.heads, head_of_key = head / s.groups;
     query += batch * s.query.batch + head * s.query.head;
-    key += batch * s.key.batch + head_of_key * s.key.head;
-    value += batch * s.value.batch + head_of_key * s.value.head;
     out += batch * s.out.batch + head * s.out.head;
     if (MASK) mask += batch * s.mask.batch + head * s.mask.head;
     if (MASS) mass += batch * s.mass.batch + head * s.mass.head;
@@ -221,8 +221,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
     // the n-th of the chunks: those of the keys, then those of the values
     auto copy = [&](int n) {
         half_t* buffer = buffers + n % 2 * BUFFER;
-        if (n < CHUNKS) copy_chunk<WIDTH>(buffer, key, s.key.row, n * CHUNK, s.keys);
-        else copy_chunk<VALUE>(buffer, value, s.value.row, (n - CHUNKS) * CHUNK, s.keys);
+        int b = batch;
+        LOOK_CHANGED(b);
+        if (n < CHUNKS)
+            copy_chunk<WIDTH>(
+                buffer, key + b * s.key.batch + head_of_key * s.key.head, s.key.row, n * CHUNK, s.keys);
+        else
+            copy_chunk<VALUE>(
+                buffer, value + b * s.value.batch + head_of_key * s.value.head, s.value.row, (n - CHUNKS) * CHUNK,
+                s.keys);
         end_copy();
     };
     // until the n-th chunk is there for all
@@ -237,14 +244,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
         if (n + 2 < 2 * CHUNKS) copy(n + 2);
     };
 
+    const bool stay = CHUNKS == 1 && SHARE == 1;  // keys and values, in their buffers
+    if (stay) {
+        copy(0);
+        copy(1);
+    }
     const int tiles = (s.queries + ROWS - 1) / ROWS;
     bool first_tile = true;
     for (int start = block * GROUPS; start < tiles; start += s.blocks * GROUPS) {
         // rows past the last one are computed as that one, and not stored
         const int row = (start + group) * ROWS + lane / 4;
-        const bool fresh = CHUNKS > 1 || SHARE > 1 || first_tile;
+        const bool fresh = !stay || first_tile;
         first_tile = false;
-        if (fresh) {
+        if (!stay) {
             copy(0);
             copy(1);
         }
@@ -398,8 +410,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
         Pair weight_sum;
         weight_sum.row[0] = weight_sums[0], weight_sum.row[1] = weight_sums[2];
 #if SHARE > 1
-        // the first warp of a tile adds what the others have
-        __syncthreads();
+        // the first warp of a tile adds what the others have, where no warp reads any more: keys were there, if values
+        // have a buffer of their own
+        static_assert(CHUNKS > 1 || GROUPS * (SHARE - 1) * (COLUMNS * 4 + 2) * 32 * 4 <= BUFFER * 2);
         float* parts = (float*)buffers + group * (SHARE - 1) * (COLUMNS * 4 + 2) * 32;
         if (share) {
             float* mine = parts + (share - 1) * (COLUMNS * 4 + 2) * 32 + lane;

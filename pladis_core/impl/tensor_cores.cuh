@@ -1,5 +1,5 @@
 // What impl/fused.cu asks of a GPU in one instruction, for NVIDIA's compute capabilities from 7.5 on. Registers of two
-// 16-bit numbers are unsigned, the first in the low half. In the tests a CPU does the same (tests/core/warps_on_cpu.h).
+// 16-bit numbers are unsigned, the first in the low half. In the tests a CPU does the same (tests/core/warps_on_cpu.cpp).
 //
 // Defined before this text: TYPE, 16 for float16 or 17 for bfloat16, which needs 8.0.
 
@@ -7,10 +7,15 @@
 #if TYPE == 16
 #define NAME "f16"
 #define TWO_ONES 0x3c003c00u
+#define LARGEST 65504.0f
 #else
 #define NAME "bf16"
 #define TWO_ONES 0x3f803f80u
+#define LARGEST 3.3895314e38f
 #endif
+
+// whoever computed something from it computes it again
+#define LOOK_CHANGED(x) asm volatile("" : "+r"(x))
 
 __device__ __forceinline__ void* shared_memory() {
     extern __shared__ uint4 memory[];
@@ -59,12 +64,12 @@ __device__ __forceinline__ unsigned rounded(float first, float second) {
     return both;
 }
 __device__ __forceinline__ unsigned saturated(float first, float second) {
-#if RECENT
+#if RECENT && __CUDACC_VER_MAJOR__ >= 12
     unsigned both;
     asm("cvt.rn.satfinite." NAME "x2.f32 %0, %2, %1;" : "=r"(both) : "f"(first), "f"(second));
     return both;
 #else
-    return rounded(fminf(fmaxf(first, -65504.0f), 65504.0f), fminf(fmaxf(second, -65504.0f), 65504.0f));
+    return rounded(fminf(fmaxf(first, -LARGEST), LARGEST), fminf(fmaxf(second, -LARGEST), LARGEST));
 #endif
 }
 

@@ -5,10 +5,11 @@ What a CPU cannot show: NVIDIA's own instructions (tensor_cores.cuh), the driver
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
+import sys
 from functools import cache
-from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from test_entmax import clusters, oracle
 from test_triton import assert_as_good_as_naive, mixed_in_part
 from warps_on_cpu import built, needs_gcc, nothing_in_new_tensors, run  # noqa: F401
 
-from pladis_core import api, pladis_attention, pladis_correction
+from pladis_core import api, pladis_attention
 from pladis_core.impl import cuda, eager, trial
 
 LOOP = """
@@ -40,6 +41,7 @@ SHAPES = {
     "two prompts": (1, 2, 2, 33, 154, 40, 40),
     "pixart": (1, 1, 1, 65, 300, 72, 72),
     "flux": (1, 1, 1, 40, 512, 128, 128),
+    "narrow": (1, 1, 1, 150, 400, 16, 16),
     "ltx": (1, 1, 1, 20, 1000, 64, 64),
 }
 
@@ -109,10 +111,303 @@ def assert_close(out, expected, roundings=4.0):
         ("sdxl", 2.0, "float16"), ("sdxl", 2.0, "bfloat16"), ("sd15", 1.5, "float16"), ("sd15 wide", 1.5, "float16"),
         ("grouped", 1.5, "float16"), ("one key", 1.5, "float16"), ("sixteen keys", 2.0, "float16"),
         ("two prompts", 1.5, "bfloat16"), ("pixart", 1.5, "bfloat16"), ("flux", 1.5, "bfloat16"),
-        ("flux", 2.0, "float16"), ("ltx", 1.5, "bfloat16"),
+        ("flux", 2.0, "float16"), ("ltx", 1.5, "bfloat16"), ("narrow", 1.5, "float16"),
     ],
 )  # fmt: skip
 def test_every_alpha_shape_and_dtype(shape, alpha, dtype):
     query, key, value = tensors(shape, getattr(torch, dtype))
     out = pladis_attention(query, key, value, alpha=alpha, enable_gqa=True, backend="cuda")
     assert_as_good_as_naive(out, query, key, value, alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [("two prompts", "boolean"), ("two prompts", "additive"), ("grouped", "per query"), ("flux", "per query")],
+)
+def test_masks_of_every_kind(shape, kind):
+    query, key, value = tensors(shape)
+    batch, _, queries, _ = query.shape
+    keep = torch.rand(batch, 1, queries if kind == "per query" else 1, key.shape[2]) < 0.6
+    keep[..., 0] = True
+    mask = keep if kind == "boolean" else torch.randn(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
+    out = pladis_attention(query, key, value, mask, enable_gqa=True, backend="cuda")
+    exact = mask if kind == "boolean" else mask.double().masked_fill(~keep, -torch.inf)
+    assert_close(out, definition(query, key, value, exact))
+
+
+def test_a_query_with_every_key_masked_gets_zero():
+    query, key, value = tensors("sdxl")
+    mask = torch.rand(2, 1, 20, 77) < 0.5
+    mask[:, :, 3] = False
+    out = pladis_attention(query, key, value, mask, backend="cuda")
+    assert (out[:, :, 3] == 0).all() and (out[:, :, 4] != 0).any()
+
+
+def test_a_masked_key_changes_nothing_however_large():
+    query, key, value = tensors("sdxl")
+    mask = torch.ones(2, 1, 1, 77, dtype=torch.bool)
+    mask[..., 5] = False
+    before = pladis_attention(query, key, value, mask, backend="cuda")
+    key[:, :, 5] = 6e4
+    assert torch.equal(pladis_attention(query, key, value, mask, backend="cuda"), before)
+
+
+@pytest.mark.parametrize("shape", ("two prompts", "flux"))
+@pytest.mark.parametrize("dense", (-1.0, -2.0), ids=("attention", "correction"))
+@pytest.mark.parametrize("masked", (False, True))
+def test_entmax_takes_part_in_the_keys_of_a_mix_mask_alone(masked, dense, shape):
+    query, key, value = tensors(shape)
+    _, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    part = torch.rand(1, keys) < 0.4
+    mask = None
+    if masked:
+        mask = torch.rand(1, heads, queries, keys) < 0.7
+        # of a row no key that is mixed is left
+        mask[:, :, 3] = ~part[:, None]
+    out = attend(query, key, value, mask, part, 1.5, dense, 2.0)
+    assert_close(out, mixed_in_part(query, key, value, part, mask, 1.5, dense, 2.0))
+
+
+def test_keys_that_are_mixed_may_lie_far_below_the_others():
+    query, key, value = tensors("sdxl")
+    part = torch.arange(77)[None].expand(2, -1) >= 40
+    key[:, :, :40] += 3.0 * query.mean((2,), keepdim=True).sign()
+    query = query * 8.0
+    out = attend(query, key, value, None, part)
+    assert_close(out, mixed_in_part(query, key, value, part, None, 1.5, -1.0, 2.0))
+
+
+@pytest.mark.parametrize("shape", ("sdxl", "flux"))
+def test_mass_and_the_log_sum_exp_of_a_longer_row(shape):
+    query, key, value = tensors(shape)
+    batch, heads, queries, width = query.shape
+    mass = torch.rand(batch, 1, queries, 1)
+    own = (query.double() @ key.double().mT * width**-0.5).logsumexp(-1, keepdim=True)
+    difference = definition(query, key, value, correction=True)
+    out = attend(query, key, value, dense=-2.0, mass=mass.expand(batch, heads, queries, 1))
+    assert_close(out, mass * difference)
+    longer = own - mass.double().log()
+    out = attend(query, key, value, dense=-2.0, row_lse=longer.float())
+    assert_close(out, mass * difference)
+    # a longer row that is masked throughout
+    nothing = torch.zeros(batch, heads, queries, key.shape[2], dtype=torch.bool)
+    assert (attend(query, key, value, nothing, row_lse=longer * torch.nan) == 0).all()
+
+
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_clusters_where_entmax_prunes(alpha):
+    """Scores through a product with one column, weights through the unit matrix."""
+    value = torch.eye(80, dtype=torch.float16)[None, None, :77]
+    for scores in clusters(alpha, 77):
+        for row in scores[:3].half():
+            query, key = torch.zeros(1, 1, 1, 16).half(), torch.zeros(1, 1, 77, 16).half()
+            query[..., 0], key[..., 0] = 4.0, row
+            weights = attend(query, key, value, alpha=alpha, dense=0.0, sparse=1.0)[0, 0, 0, :77]
+            expected = oracle(row.double(), alpha)
+            # what a step's tolerance leaves, and roundings
+            assert (weights.double() - expected).abs().max() <= 2e-4 + torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("shape", ("sdxl", "flux"))
+@pytest.mark.parametrize("size", (30.0, 300.0, 1e4), ids=("moderate", "large", "beyond float32's last digits"))
+def test_large_scores(shape, size):
+    query, key, value = tensors(shape, torch.bfloat16)
+    query = (query * size).bfloat16()
+    for alpha in (1.5, 2.0):
+        out = pladis_attention(query, key, value, alpha=alpha, enable_gqa=True, backend="cuda")
+        # products of large numbers are rounded to float32 before anything is compared
+        assert_as_good_as_naive(out, query, key, value, alpha=alpha)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_finite_inputs_give_finite_outputs(dtype):
+    top = torch.finfo(dtype).max
+    query, key, value = tensors("grouped", dtype)
+    query[:, :, 0], key[:, :, 0], value[:, :, 1] = top, -top, top
+    key[:, :, 2], value[:, :, 3] = top, -top
+    # sums of infinities of both signs
+    query[:, :, 1, ::2], query[:, :, 1, 1::2] = top, -top
+    # every score far below the range
+    query[:, :, 4] = -top
+    for lam in (2.0, 1e6):
+        assert pladis_attention(query, key, value, lam=lam, enable_gqa=True, backend="cuda").isfinite().all()
+    key[:] = top
+    out = pladis_attention(query, key, value, lam=1.0, enable_gqa=True, backend="cuda")
+    # equal scores, if of minus infinity: a mean
+    expected = value.double().mean(2)[:, :1]
+    assert_close(out[:, :2, 4], expected.expand(-1, 2, -1), 8.0)
+
+
+@pytest.mark.parametrize("lam", (-1.0, 1e-6, 0.4, 1.0, 7e4, 1e6))
+def test_lambda_of_every_size(lam):
+    query, key, value = tensors("sdxl")
+    value = value / max(abs(lam), 1.0)
+    out = pladis_attention(query, key, value, lam=lam, backend="cuda")
+    expected = definition(query, key, value, lam=lam)
+    assert (out.double() - expected).abs().max() <= 4e-3 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shape", ("sdxl", "flux"))
+def test_rounded_weights_add_up(shape):
+    query, key, value = tensors(shape, torch.bfloat16)
+    value = value + 10
+    expected = definition(query, key, value)
+    error = (pladis_attention(query, key, value, backend="cuda").double() - expected).square().mean()
+    assert error <= 1.15**2 * (expected.bfloat16().double() - expected).square().mean()
+
+
+@pytest.mark.parametrize("scale", (-0.2, 0.0, 0.5))
+def test_scales_of_every_sign(scale):
+    query, key, value = tensors("sdxl")
+    out = pladis_attention(query, key, value, scale=scale, backend="cuda")
+    assert_close(out, definition(query, key, value, scale=scale))
+
+
+@pytest.mark.parametrize("shape", ("sd15", "narrow"))
+@pytest.mark.parametrize("blocks", (1, 2, 100))
+def test_blocks_divide_the_tiles_of_a_head_in_any_way(shape, blocks, monkeypatch):
+    inputs = tensors(shape)
+    whole, launch = attend(*inputs), OnCpu.launch
+
+    def with_other_blocks(kernel, count, tensors, problem):
+        other = cuda.Problem.from_buffer_copy(problem)
+        other.blocks = blocks
+        launch(kernel, count // problem.blocks * blocks, tensors, other)
+
+    monkeypatch.setattr(OnCpu, "launch", with_other_blocks)
+    assert torch.equal(attend(*inputs), whole)
+
+
+def test_texts_of_about_a_length_share_a_kernel(kernels):
+    query = torch.randn(1, 1, 5, 8).half()
+    made = kernels.cache_info().misses
+    for keys in (97, 100, 111, 112):
+        key, value = torch.randn(1, 1, keys, 8).half(), torch.randn(1, 1, keys, 8).half()
+        assert_close(attend(query, key, value), definition(query, key, value))
+    assert kernels.cache_info().misses == made + 1
+
+
+def test_the_output_is_laid_out_as_hosts_want_it_and_zero_sizes():
+    query, key, value = tensors("sdxl")
+    # the caller merges heads without a copy
+    assert attend(query, key, value).transpose(1, 2).is_contiguous()
+    assert attend(query[:, :, :0], key, value).shape == (2, 2, 0, 64)
+    assert (attend(query, key[:, :, :0], value[:, :, :0]) == 0).all()
+
+
+def in_front_of_a_wall(tensor: torch.Tensor, behind: bool) -> torch.Tensor:
+    """A copy, laid out alike, whose last byte, or the first one, has memory beyond it that nobody may touch."""
+    flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    page, size = mmap.PAGESIZE, flat.numel() * flat.element_size()
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + 2 * page)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for wall in (first, first + page + pages):
+        assert libc.mprotect(ctypes.c_void_p(wall), page, 0) == 0
+    start = page if behind else page + pages - size
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=flat.numel(), offset=start)
+    copy.copy_(flat)
+    WALLS.append(memory)
+    return copy.as_strided(tensor.shape, tensor.stride())
+
+
+# kept: nothing unmaps what a tensor lies in
+WALLS: list[mmap.mmap] = []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+@pytest.mark.parametrize("behind", (False, True), ids=("before", "behind"))
+@pytest.mark.parametrize("shape", ("sdxl", "sd15", "grouped", "one key", "pixart", "flux"))
+def test_nothing_outside_of_the_tensors_is_touched(shape, behind, monkeypatch):
+    """On a GPU that would take the whole process down; here it would, too."""
+    query, key, value = tensors(shape)
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    mask, part = torch.randn(batch, heads, queries, keys), torch.rand(batch, keys) < 0.5
+    mass = torch.rand(batch, heads, queries, 1)
+    inputs = query, key, value, mask, part, 1.5, -1.0, 2.0, mass
+    expected = attend(*inputs)
+    walled = [in_front_of_a_wall(t, behind) if isinstance(t, torch.Tensor) else t for t in inputs]
+    made = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args: in_front_of_a_wall(made(*args), behind))
+    assert torch.equal(attend(*walled), expected)
+    assert torch.equal(attend(*walled[:3]), attend(*inputs[:3]))
+
+
+def test_every_problem_that_fits_has_tiles_that_fit():
+    for keys, width in ((1, 8), (77, 40), (80, 256), (154, 128), (231, 64), (300, 72), (512, 128), (1000, 128)):
+        chosen = cuda.sizes(keys, width, width)
+        variant = cuda.Variant(
+            keys=-(-keys // 16) * 16, least_keys=1, width=width, value=width, **chosen, alpha=15, type=16, sign=-1,
+            mask=False, mix=False, mass=0, flip=False,
+        )  # fmt: skip
+        assert variant.chunk % (16 * variant.share) == 0 and variant.warps % variant.share == 0
+        assert variant.shared_bytes <= 64 << 10
+        assert variant.chunks * variant.chunk >= keys
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda q, k, v: (q.float(), k.float(), v.float()), "float16 or bfloat16.*not float32"),
+        (lambda q, k, v: (q, k, v.bfloat16()), "the same for query, key and value"),
+        (lambda q, k, v: (q[..., :60], k[..., :60], v), "multiple of 8 up to 256, not 60 or 64"),
+        (lambda q, k, v: (q, k.repeat(1, 1, 20, 1), v.repeat(1, 1, 20, 1)), "at most 1024 keys, not 1540"),
+        (lambda q, k, v: (q, k.repeat(1, 1, 8, 4), v.repeat(1, 1, 8, 4)), "leave its registers"),
+        (lambda q, k, v: (q, k, v.mT.contiguous().mT), "contiguous and begin at multiples of 16 bytes"),
+        (lambda q, k, v: (torch.cat([q, q], -1)[..., 4:68], k, v), "contiguous and begin at multiples of 16 bytes"),
+    ],
+)
+def test_what_it_cannot_take_it_names(change, reason):
+    query, key, value = change(*tensors("sdxl"))
+    if key.shape[-1] > query.shape[-1]:
+        query = query.repeat(1, 1, 1, 4)
+    with pytest.raises(ValueError, match=f"backend 'cuda' cannot take these tensors: .*{reason}"):
+        pladis_attention(query, key, value, backend="cuda")
+
+
+class Wrong(cuda.Kernel):
+    """Runs, and writes what nobody asked for."""
+
+    def __init__(self) -> None:
+        pass
+
+    def launch(self, blocks, tensors, problem) -> None:
+        tensors[3].fill_(0.5)
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
+    def wrong(device, variant):
+        cuda.check(Wrong(), device, variant)
+
+    monkeypatch.setattr(cuda, "kernel_of", wrong)
+    monkeypatch.setattr(api, "_trials", [trial.Trials("cuda", "NVRTC")])
+    monkeypatch.setattr(api, "_has_gpu_compiler", lambda device: True)
+    inputs = tensors("sdxl")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            torch.testing.assert_close(pladis_attention(*inputs), pladis_attention(*inputs, backend="portable"))
+    assert len(caplog.records) == 1
+    assert caplog.records[0].message.startswith("PLADIS: NVRTC fails on cpu (RuntimeError: its result is off by ")
+
+
+@pytest.mark.parametrize("changes", ({}, {"sign": 1}, {"sign": 0}, {"flip": True}, {"mix": True, "sign": 0, "mass": 2}))
+def test_a_right_kernel_passes_its_check(kernels, changes):
+    inputs = tensors("sixteen keys")
+    found = []
+    cuda._attend(lambda device, variant: found.append(variant) or kernels(device, variant), *inputs, None, None, 1.0,
+                 1.5, -1.0, 2.0, None, None)  # fmt: skip
+    variant = found[0]._replace(**changes)
+    cuda.check(kernels(torch.device("cpu"), variant), torch.device("cpu"), variant)
+
+
+def test_without_triton_auto_takes_it_before_the_kernel_between_two_products(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cuda, "attend", lambda *args: (calls.append(1), eager.attend(*args))[1])
+    monkeypatch.setattr(api, "_trials", [trials for trials in api._trials if trials._module != "triton"])
+    monkeypatch.setattr(api, "_has_gpu_compiler", lambda device: True)
+    inputs = tensors("sdxl")
+    torch.testing.assert_close(pladis_attention(*inputs), pladis_attention(*inputs, backend="portable"))
+    assert calls == [1]

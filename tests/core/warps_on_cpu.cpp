@@ -1,5 +1,5 @@
 // What impl/rows.cu and impl/fused.cu take from CUDA, for a CPU: every thread of a block is a fiber, which gives way
-// where warps, or warps and others, meet, to one that is drawn: whoever does not wait for the others comes too early.
+// where it meets others. Of warps one that is drawn goes first: whoever does not wait for the others comes too early.
 // The tests put definitions before this text, and the kernel and a loop over its blocks after it.
 #include <ucontext.h>
 
@@ -30,7 +30,7 @@ struct Barrier {
     int there = 0;
     unsigned turn = 0;
 };
-// 16 bytes from global into shared memory, when they are waited for
+// 16 bytes from global into shared memory: at once, or when they are waited for
 struct Copy {
     unsigned short* to;
     const unsigned short* from;
@@ -86,11 +86,11 @@ static bool run_block(unsigned block, int count) {
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, start, 0);
     }
-    for (int left = count; left;) {
+    // a warp goes as far as others let it, then another one does
+    int left = count;
+    const auto moves = [&](int warp) {
         bool moved = false;
-        const unsigned first = drawn() % count;
-        for (int i = 0; i < count; ++i) {
-            const unsigned at = (first + i) % count;
+        for (int at = warp * 32; at < warp * 32 + 32; ++at) {
             Thread& thread = threads[at];
             if (thread.done || (thread.waits_for && thread.waits_for->turn == thread.turn)) continue;
             moved = true;
@@ -99,6 +99,13 @@ static bool run_block(unsigned block, int count) {
             swapcontext(&scheduler, &thread.context);
             left -= thread.done;
         }
+        return moved;
+    };
+    while (left) {
+        const int warps = count / 32, first = drawn() / 64 % warps;
+        bool moved = false;
+        for (int i = 0; i < warps && !moved; ++i)
+            while (moves((first + i) % warps)) moved = true;
         if (!moved) return false;
     }
     return true;
@@ -214,16 +221,20 @@ static void load_matrices_transposed(unsigned* parts, const unsigned short* row)
         parts[m] = rows[8 * m + first][lane / 4] | (unsigned)rows[8 * m + first + 1][lane / 4] << 16;
 }
 
+static void done(const Copy& copy) {
+    if (copy.inside) std::memcpy(copy.to, copy.from, 16);
+    else std::memset(copy.to, 0, 16);
+}
 static void copy_16_bytes(unsigned short* to, const unsigned short* from, bool inside) {
-    threads[threadIdx.x].copies.back().push_back({to, from, inside});
+    const Copy copy = {to, from, inside};
+    if (drawn() & 64u) done(copy);
+    else threads[threadIdx.x].copies.back().push_back(copy);
 }
 static void end_copy() { threads[threadIdx.x].copies.push_back({}); }
 static void wait_for_all_copies_but(size_t last) {
     auto& groups = threads[threadIdx.x].copies;
     while (groups.size() > 1 + last) {
-        for (const Copy& copy : groups.front())
-            if (copy.inside) std::memcpy(copy.to, copy.from, 16);
-            else std::memset(copy.to, 0, 16);
+        for (const Copy& copy : groups.front()) done(copy);
         groups.erase(groups.begin());
     }
 }
