@@ -6,8 +6,8 @@
 Each stage takes minutes. Times are of CUDA graphs, so that no Python stands between kernels: `hot`, the same inputs
 again and again, and `cold`, inputs that rotate through more than twice the cache. Baselines are torch's
 `scaled_dot_product_attention`, by its own choice and by flash attention; all take turns, and ratios are taken within a
-turn. Clocks and temperature are recorded before and after each stage. `nvrtc` runs where CUDA's torch is, Triton or
-not. Without a GPU the stages run on the CPU in a small form, to show that they run (`--small`).
+turn. Clocks and temperature are recorded before and after each stage. `cuda` and `nvrtc` run where CUDA's torch is,
+Triton or not. Without a GPU the stages run on the CPU in a small form, to show that they run (`--small`).
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def backends(device: torch.device) -> list[str]:
     with contextlib.suppress(ImportError):
         import triton  # noqa: F401
 
-        return ["triton", "nvrtc"]
-    return ["nvrtc"]
+        return ["triton", "cuda", "nvrtc"]
+    return ["cuda", "nvrtc"]
 
 
 # correct: every branch against float64

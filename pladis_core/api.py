@@ -100,11 +100,12 @@ def pladis_attention(
         mix_mask: boolean, broadcastable to (B, Lk): the keys that are mixed, for instance without the start token or
             padding. All others keep their softmax weight, and so does the sum of these. None: all keys.
         enable_gqa: H may be a multiple of Hkv; consecutive query heads share a key head.
-        backend: "triton" (the fused kernel for GPUs), "nvrtc" (a kernel between two products of torch's, for NVIDIA
-            GPUs without Triton), "eager" (on a CPU with a compiler a fused loop, elsewhere "portable"), "portable"
-            (PyTorch in chunks, on any device) or "reference" (materialised, on the `entmax` package). "auto" is the
-            first of triton, nvrtc and eager that works. All but an explicit "triton" or "nvrtc" have a first
-            derivative, in every floating input (`impl/gradient.py`).
+        backend: "triton" (the fused kernel for GPUs), "cuda" (the same for NVIDIA GPUs without Triton, 16-bit), "nvrtc"
+            (there, for what "cuda" cannot take: a kernel between two products of torch's), "eager" (on a CPU with a
+            compiler a fused loop, elsewhere "portable"), "portable" (PyTorch in chunks, on any device) or "reference"
+            (materialised, on the `entmax` package). "auto" is the first of triton, cuda, nvrtc and eager that works.
+            All but an explicit "triton", "cuda" or "nvrtc" have a first derivative, in every floating input
+            (`impl/gradient.py`).
 
     Returns:
         (B, H, Lq, Dv) in query's dtype. Scores and weights are float32 or wider whatever the input dtype. A query whose
@@ -112,7 +113,7 @@ def pladis_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, alpha outside [1, 2], lam beyond 1e6, scale not finite,
-            an unknown backend, a gradient asked of the triton or nvrtc backend, or tensors that they cannot take.
+            an unknown backend, a gradient asked of the triton, cuda or nvrtc backend, or tensors that they cannot take.
         ImportError: the reference backend without the `entmax` package, the triton backend without Triton.
     """
     _check_mix(lam, alpha)
@@ -229,7 +230,7 @@ def _demanded(name: str, query, key, value, *rest) -> torch.Tensor:
 
 
 def _fastest(query, key, value, *rest) -> torch.Tensor:
-    """The fused kernel where it works, then the one between two products, eager elsewhere."""
+    """The fused kernels where they work, then the one between two products, eager elsewhere."""
     if _has_gpu_compiler(query.device):
         for trials in _trials:
             out = trials.attend(query, key, value, *rest)

@@ -249,30 +249,18 @@ def laid_out(
     strides: tuple[tuple[int, ...] | None, ...], mass: int, scale: float, alpha: float, dense: float, sparse: float,
 ) -> Launch:  # fmt: skip
     """The launch for a problem. strides: of query, key, value, output, mask, mix mask and mass; mass: of `Variant`."""
-    batch, heads, queries, width = query
-    _, kv_heads, keys, value_width = value
+    batch, heads, queries, _ = query
+    _, kv_heads, keys, _ = value
     *of_tensors, of_mix, of_mass = strides
     of_mask = of_tensors[4]
-    steps, start = newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK, 0.0
+    variant = variant_of(
+        query, value, dtype, scale, alpha, dense, sparse, mask=of_mask is not None, mix=of_mix is not None, mass=mass
+    )
+    steps, start = solver_steps(keys, alpha, dtype), 0.0
     if alpha == 1.0 or sparse == 0.0:
         # softmax alone: no steps from where every entmax weight is 0
-        alpha, dense, sparse, of_mix, steps, start = 1.5, dense + sparse, 0.0, None, 0, 2.0
+        alpha, dense, sparse, steps, start = 1.5, dense + sparse, 0.0, 0, 2.0
     weights, whole = Mix.of(dense, sparse), dense + sparse
-    padded = _padded(keys)
-    variant = Variant(
-        keys=padded,
-        least_keys=padded - PRODUCT + 1,
-        width=width,
-        value=value_width,
-        **sizes(keys, width, value_width),
-        alpha={1.5: 15, 2.0: 20}.get(alpha, 1 if alpha - 1.0 < small_b(dtype) else 0),
-        type=TYPES[dtype],
-        sign=(-1 if weights.dense < 0.0 else 1) if weights.unit and of_mix is None else 0,
-        mask=of_mask is not None,
-        mix=of_mix is not None,
-        mass=mass,
-        flip=scale < 0.0,
-    )
     kernel = kernel_of(device, variant)
     nothing = 0, 0, 0, 0
     tiles = -(-queries // ROWS)
@@ -283,7 +271,7 @@ def laid_out(
     problem = Problem(
         heads=heads, groups=heads // kv_heads, queries=queries, keys=keys, blocks=blocks, steps=steps,
         divided=abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole),
-        gain=max(abs(scale) * LOG2_E, 1e-30), b=alpha - 1.0, start=start, tolerance=tolerance(alpha),
+        gain=max(abs(scale) * LOG2_E, 1e-30), b=alpha - 1.0, start=start, tolerance=tolerance(alpha, dtype),
         dense=weights.dense, sparse=weights.sparse, factor=weights.factor,
         query=of_tensors[0], key=of_tensors[1], value=of_tensors[2], out=of_tensors[3], mask=of_mask or nothing,
         mixed=nothing if of_mix is None else (of_mix[0], 0, 0, of_mix[1]),
@@ -292,10 +280,42 @@ def laid_out(
     return Launch(kernel, batch * heads * blocks, problem)
 
 
-def tolerance(alpha: float) -> float:
-    """A step below it leaves u within some 2e-4 of the root, which 16-bit weights do not show: Newton's square it, but
-    for sparsemax, whose last one is exact."""
-    return 1e-2 * 0.03 ** (2.0 * max(alpha - 1.5, 0.0))
+def variant_of(
+    query: torch.Size, value: torch.Size, dtype: torch.dtype, scale: float, alpha: float, dense: float, sparse: float,
+    mask: bool, mix: bool, mass: int,
+) -> Variant:  # fmt: skip
+    """What a problem is compiled for."""
+    width, (*_, keys, value_width) = query[-1], value
+    if alpha == 1.0 or sparse == 0.0:
+        # softmax alone is computed as alpha 1.5 in no steps
+        alpha, dense, sparse, mix = 1.5, dense + sparse, 0.0, False
+    weights, padded = Mix.of(dense, sparse), _padded(keys)
+    return Variant(
+        keys=padded,
+        least_keys=padded - PRODUCT + 1,
+        width=width,
+        value=value_width,
+        **sizes(keys, width, value_width),
+        alpha={1.5: 15, 2.0: 20}.get(alpha, 1 if alpha - 1.0 < small_b(dtype) else 0),
+        type=TYPES[dtype],
+        sign=(-1 if weights.dense < 0.0 else 1) if weights.unit and not mix else 0,
+        mask=mask,
+        mix=mix,
+        mass=mass,
+        flip=scale < 0.0,
+    )
+
+
+def solver_steps(keys: int, alpha: float, dtype: torch.dtype) -> int:
+    """At most."""
+    return newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK
+
+
+def tolerance(alpha: float, dtype: torch.dtype) -> float:
+    """A step below it is the last: Newton's squares what is left, which then weights of `dtype` do not show. Those of
+    sparsemax do not, up to the last one, which is exact.
+    """
+    return (1e-2 if dtype == torch.float16 else 2e-2) * 0.03 ** (2.0 * max(alpha - 1.5, 0.0))
 
 
 class Kernel:

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs without Triton (most of Windows, and compute capability below 8.0): the rows between two products.
+"""NVIDIA GPUs without Triton, what `impl/cuda.py` does not take (float32, other layouts): rows between two products.
 
 torch multiplies query with key, into float32, and weights with value; what lies between is one pass of `rows.cu`, which
 NVRTC, CUDA's runtime compiler, compiles in about a second at the first use of a length: torch ships it, and neither a

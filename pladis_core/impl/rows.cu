@@ -1,5 +1,5 @@
 // PLADIS weights of rows of scores, a thread or a few to a row; compiled by NVRTC (pladis_core/impl/nvrtc.py), for GPUs
-// without Triton. Between two products of torch's it replaces some thirty passes over the scores by one.
+// without Triton and problems that fused.cu does not take. Between two products of torch's it replaces some thirty passes over the scores by one.
 //
 // Mathematics and names as in impl/eager.py and impl/triton.py: b = alpha - 1, p = 1 / b, centred scores c <= 0 whose
 // maximum is 0, r = [1 + b (c - u)]_+, and entmax is r^p for the u at which sum r^p = 1, found by Newton's method on

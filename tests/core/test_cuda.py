@@ -5,11 +5,13 @@ What a CPU cannot show: NVIDIA's own instructions (tensor_cores.cuh), the driver
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import mmap
 import sys
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from test_triton import assert_as_good_as_naive, mixed_in_part
 from warps_on_cpu import built, needs_gcc, nothing_in_new_tensors, run  # noqa: F401
 
 from pladis_core import api, pladis_attention
-from pladis_core.impl import cuda, eager, trial
+from pladis_core.impl import cuda, cuda_driver, eager, trial
 
 LOOP = """
 extern "C" bool attention_on_cpu(int blocks, const half_t* query, const half_t* key, const half_t* value, half_t* out,
@@ -411,3 +413,109 @@ def test_without_triton_auto_takes_it_before_the_kernel_between_two_products(mon
     inputs = tensors("sdxl")
     torch.testing.assert_close(pladis_attention(*inputs), pladis_attention(*inputs, backend="portable"))
     assert calls == [1]
+
+
+class Driver:
+    """What CUDA's driver does with a launch, on a CPU."""
+
+    def __init__(self, loop, sizes) -> None:
+        self._loop, self._sizes = loop, sizes
+        self.launches: list[tuple] = []
+
+    def cuModuleLoadData(self, module, image):
+        assert image == b"machine code"
+        module._obj.value = 11
+        return 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        assert module.value == 11
+        function._obj.value = {b"pladis_attention": 12}[name]
+        return 0
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        assert (function.value, attribute) == (12, 8)
+        self.shared_bytes = value
+        return 0
+
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, blocks, function, threads, shared_bytes):
+        assert (function.value, shared_bytes.value) == (12, self.shared_bytes)
+        blocks._obj.value = 512 // threads
+        return 0
+
+    def cuLaunchKernel(self, function, x, y, z, threads, b, c, shared_bytes, stream, addresses, extra):
+        assert (function.value, y, z, b, c, shared_bytes, stream.value, extra) == (
+            12, 1, 1, 1, 1, self.shared_bytes, 99, None,
+        )  # fmt: skip
+        *pointers, last = (ctypes.c_void_p.from_address(address) for address in addresses)
+        sizes = self._sizes.from_address(ctypes.addressof(last))
+        self.launches.append((x, threads, sizes.blocks))
+        assert self._loop(x, *pointers, sizes)
+        return 0
+
+    def cuGetErrorString(self, status, text):
+        text._obj.value = b"out of memory"
+        return 0
+
+
+@pytest.fixture
+def a_gpu(monkeypatch, kernels):
+    """A GPU of 4 multiprocessors, whose driver runs kernels on a CPU; gives the driver of the last variant loaded."""
+    found = {}
+
+    def compiled(variant, capability):
+        assert capability == (8, 9)
+        loop = kernels(torch.device("cpu"), variant)._loops.attention_on_cpu
+        loop.restype = ctypes.c_bool
+        found["driver"] = Driver(loop, cuda.Problem)
+        return b"machine code"
+
+    def library(names):
+        assert names == cuda_driver.DRIVERS
+        return found["driver"]
+
+    monkeypatch.setattr(cuda, "compiled", compiled)
+    monkeypatch.setattr(cuda_driver, "_library", library)
+    monkeypatch.setattr(cuda, "_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=99, synchronize=lambda: None)
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=4)
+    )
+    real = cache(KERNEL_OF.__wrapped__)
+    monkeypatch.setattr(cuda, "kernel_of", real)
+    return found
+
+
+# before `on_a_cpu` puts another one in its place
+KERNEL_OF = cuda.kernel_of
+
+
+def test_the_driver_gets_every_address_and_checks_come_first(a_gpu):
+    query, key, value = tensors("sd15")
+    mask, part, mass = torch.randn(1, 2, 35, 77), torch.rand(1, 77) < 0.5, torch.rand(1, 2, 35, 1)
+    arguments = query, key, value, mask, part, 0.15, 1.5, -1.0, 2.0, mass, None
+    out = cuda.attend(*arguments)
+    expected = eager.attend(*(t.float() if t is not None and i < 3 else t for i, t in enumerate(arguments)))
+    assert_close(out, expected.double())
+    driver = a_gpu["driver"]
+    # 147 rows of 2 heads by one block each, then 35 rows of 2 heads: 3 tiles, of which a block has 8 at once
+    assert driver.launches == [(2, 256, 1), (2, 256, 1)]
+    out = cuda.attend(*arguments)
+    assert len(driver.launches) == 3 and torch.equal(out, cuda.attend(*arguments))
+
+
+def test_blocks_are_as_many_as_the_device_runs_at_once(a_gpu):
+    """4 multiprocessors of 2 blocks for 2 heads: 4 of each, which go over 50 tiles 8 at a time."""
+    query, key, value = (torch.randn(1, length, 2, 16).half().transpose(1, 2) for length in (16 * 50, 16, 16))
+    out = attend(query, key, value)
+    assert_close(out, definition(query, key, value))
+    assert a_gpu["driver"].launches[-1] == (8, 256, 4)
+
+
+def test_what_the_driver_says_is_raised(a_gpu, monkeypatch):
+    monkeypatch.setattr(Driver, "cuLaunchKernel", lambda *args: 2)
+    with pytest.raises(RuntimeError, match=r"CUDA error: out of memory \(2\)"):
+        attend(*tensors("sixteen keys"))

@@ -1,11 +1,14 @@
-"""rows.cu in the compiler that it is meant for, which comes with the host's torch; it needs no GPU."""
+"""rows.cu and fused.cu in the compiler that they are meant for, which comes with the host's torch; it needs no GPU."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 
-from pladis_core.impl import nvrtc
+from pladis_core.impl import cuda, nvrtc
+from pladis_pack.benchmarks import nvrtc_cost
 
 if torch.version.cuda is None:
     pytest.skip("this torch comes without NVRTC", allow_module_level=True)
@@ -33,3 +36,53 @@ def test_every_variant_compiles(keys, alpha, dtype, mask, mix):
 def test_a_compiler_that_does_not_know_the_gpu_says_so():
     with pytest.raises(RuntimeError, match="NVRTC: .*"):
         nvrtc.compiled(nvrtc.Variant.of(77, 1.5, torch.float16, False, False), (99, 9))
+
+
+RECORD = json.loads(nvrtc_cost.RECORD.read_text(encoding="utf-8"))
+# bytes of stack, a few in thousands of instructions, where a tile's scores and results leave few registers
+SPILLS = ("300x72", "512x128", "1024x64")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((8, 6), torch.float16), ((8, 9), torch.bfloat16),
+     ((9, 0), torch.bfloat16), ((10, 0), torch.float16), ((12, 0), torch.bfloat16)],
+)  # fmt: skip
+def test_the_fused_kernel_compiles_for_every_gpu(capability, dtype):
+    variant = fused_variant(77, 64, dtype, 1.5)
+    code = cuda.compiled(variant, capability)
+    assert code.startswith(b"\x7fELF") and cuda.KERNEL.encode() in code
+
+
+@pytest.mark.parametrize(
+    ("keys", "width", "dtype", "alpha", "options"),
+    [
+        (1, 8, torch.float16, 1.0, {}), (77, 40, torch.float16, 2.0, {"mask": True, "mass": 1}),
+        (154, 128, torch.bfloat16, 1.25, {"mix": True}), (300, 72, torch.bfloat16, 1.5, {"mask": True, "mix": True}),
+        (512, 128, torch.bfloat16, 1.002, {"mass": 2}), (1000, 128, torch.float16, 2.0, {"mask": True, "mix": True}),
+        (400, 16, torch.float16, 1.5, {}),
+    ],
+)  # fmt: skip
+def test_every_variant_of_the_fused_kernel_compiles(keys, width, dtype, alpha, options):
+    variant = fused_variant(keys, width, dtype, alpha, **options)
+    assert cuda.compiled(variant, (8, 9)).startswith(b"\x7fELF")
+
+
+def fused_variant(keys, width, dtype, alpha, mask=False, mix=False, mass=0):
+    shapes = torch.Size((1, 1, 64, width)), torch.Size((1, 1, keys, width))
+    return cuda.variant_of(*shapes, dtype, width**-0.5, alpha, -1.0, 2.0, mask, mix, mass)
+
+
+@pytest.mark.skipif(torch.version.cuda != RECORD["cuda"], reason=f"recorded with CUDA {RECORD['cuda']}")
+@pytest.mark.parametrize("name", ("sm_75 77x64 fp16 1.5", "sm_90 77x64 bf16 1.5", "sm_90 512x128 bf16 1.5"))
+def test_no_row_of_the_fused_kernel_is_worse_than_recorded(name):
+    case = next(case for case in nvrtc_cost.cases() if str(case) == f"fused {name}")
+    assert nvrtc_cost.worse(nvrtc_cost.measure(case), RECORD["rows"][str(case)]) is None
+
+
+def test_what_is_recorded_is_every_row_and_hardly_any_spills():
+    fused = {str(case): case for case in nvrtc_cost.cases() if case.kernel == "fused"}
+    assert set(RECORD["rows"]) == set(fused)
+    for name, row in RECORD["rows"].items():
+        allowed = 170 if name.split()[2] in SPILLS else 0
+        assert row["stack_bytes"] <= allowed, name

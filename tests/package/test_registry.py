@@ -156,7 +156,7 @@ def test_a_wheel_holds_every_package_of_the_core(metadata):
 
 
 def test_a_wheel_holds_the_kernels_sources(metadata):
-    sources = {path.name for path in (ROOT / "pladis_core" / "impl").iterdir() if path.suffix in (".cpp", ".cu")}
+    sources = {path.name for path in (ROOT / "pladis_core" / "impl").iterdir() if path.suffix in (".cpp", ".cu", ".cuh")}
     assert sources == set(metadata["tool"]["setuptools"]["package-data"]["pladis_core.impl"])
 
 
