@@ -156,7 +156,8 @@ def test_a_wheel_holds_every_package_of_the_core(metadata):
 
 
 def test_a_wheel_holds_the_kernels_sources(metadata):
-    sources = {path.name for path in (ROOT / "pladis_core" / "impl").iterdir() if path.suffix in (".cpp", ".cu", ".cuh")}
+    files = (ROOT / "pladis_core" / "impl").iterdir()
+    sources = {path.name for path in files if path.suffix in (".cpp", ".cu", ".cuh")}
     assert sources == set(metadata["tool"]["setuptools"]["package-data"]["pladis_core.impl"])
 
 
