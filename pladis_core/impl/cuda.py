@@ -120,8 +120,8 @@ def _parts(share: int, warps: int, value_width: int) -> int:
 
 
 def _shared_bytes(width: int, value_width: int, share: int, warps: int, chunk: int) -> int:
-    """Two buffers, later those parts; behind the buffers what the warps of a tile tell each other."""
-    messages = warps // share * 4 * share * ROWS * 4
+    """Two buffers, later those parts; behind the buffers what warps that share a tile tell each other."""
+    messages = warps // share * 4 * share * ROWS * 4 if share > 1 else 0
     return max(chunk * _row_bytes(width, value_width) + messages, _parts(share, warps, value_width))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import ptx
 import pytest
 import torch
 
@@ -71,6 +72,62 @@ def test_every_variant_of_the_fused_kernel_compiles(keys, width, dtype, alpha, o
 def fused_variant(keys, width, dtype, alpha, mask=False, mix=False, mass=0):
     shapes = torch.Size((1, 1, 64, width)), torch.Size((1, 1, keys, width))
     return cuda.variant_of(*shapes, dtype, width**-0.5, alpha, -1.0, 2.0, mask, mix, mass)
+
+
+class Interpreted(cuda.Kernel):
+    """What NVRTC makes of a variant, instruction by instruction, on CPU tensors."""
+
+    def __init__(self, variant: cuda.Variant, architecture: int) -> None:
+        text = variant.definitions + "".join(source.read_text() for source in cuda.SOURCES)
+        self._code = ptx.instructions(ptx.ptx_of(text, "fused.cu", architecture, cuda.OPTIONS))
+        self._variant, self.shared_bytes = variant, variant.shared_bytes
+
+    def launch(self, blocks, tensors, problem) -> None:
+        threads = self._variant.warps * cuda.LANES
+        ptx.launch(*self._code, blocks, threads, tensors, bytes(problem), self.shared_bytes)
+
+
+# of a sign of the scale's and lambdas that make other kernels
+TURNED, BETWEEN, BEYOND = {"flip": True}, {"sign": 1}, {"sign": 0}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "width", "alpha", "options", "changes"),
+    [
+        # the RTX 20 series, whose products are smaller and whose copies wait
+        (75, 77, 64, 1.5, {}, {}), (75, 77, 40, 2.0, {"mask": True}, {}), (75, 512, 128, 1.5, {"mix": True}, {}),
+        (80, 77, 64, 1.5, {}, {}), (80, 77, 64, 2.0, {}, BETWEEN), (80, 77, 64, 1.25, {}, BEYOND),
+        (80, 77, 64, 1.002, {}, {}), (80, 77, 40, 1.5, {"mask": True, "mass": 1}, {}), (80, 77, 160, 1.5, {}, TURNED),
+        (80, 1, 8, 1.5, {"mass": 2}, {}), (80, 154, 64, 1.5, {"mix": True, "mass": 2}, {}),
+        (80, 300, 72, 1.5, {"mask": True, "mix": True}, {}), (80, 512, 128, 1.5, {}, {}),
+        (80, 400, 16, 2.0, {}, {}), (80, 1000, 64, 1.5, {"mask": True}, {}), (90, 77, 64, 1.5, {}, {}),
+    ],
+)  # fmt: skip
+def test_its_instructions_come_to_the_equation(architecture, keys, width, alpha, options, changes):
+    """As before the first use on a GPU; and no address is outside of the tensors, or of the shared memory asked for."""
+    dtype = torch.float16 if architecture == 75 else torch.bfloat16
+    variant = fused_variant(keys, width, dtype, alpha, **options)._replace(**changes)
+    cuda.check(Interpreted(variant, architecture), torch.device("cpu"), variant)
+
+
+def test_what_a_gpu_would_fault_at_is_found():
+    variant = fused_variant(77, 64, torch.bfloat16, 1.5)
+    kernel = Interpreted(variant, 80)
+    # the last 16 are of columns that keep banks apart
+    kernel.shared_bytes -= 32
+    with pytest.raises(ptx.Fault, match="outside of shared memory"):
+        cuda.check(kernel, torch.device("cpu"), variant)
+    kernel = Interpreted(variant, 80)
+    tensors = [torch.zeros(1, 2, rows, 64).bfloat16() for rows in (20, 77, 77, 20)]
+    launch = kernel.launch
+
+    def with_one_key_fewer(blocks, tensors, problem):
+        query, key, *rest = tensors
+        launch(blocks, (query, key[:, :, :-1].clone(), *rest), problem)
+
+    kernel.launch = with_one_key_fewer
+    with pytest.raises(ptx.Fault, match="outside of tensor 2"):
+        cuda._attend(lambda *_: kernel, *tensors[:3], None, None, 0.125, 1.5, -1.0, 2.0, None, None)
 
 
 @pytest.mark.skipif(torch.version.cuda != RECORD["cuda"], reason=f"recorded with CUDA {RECORD['cuda']}")
