@@ -44,6 +44,8 @@
 #define LARGEST_SCORE 1e30f
 // how far below a row's maximum, as an exponent of 2, keys have no softmax mass
 #define FAR 120.0f
+// so far below the others are keys that are not mixed, which saturation then leaves out; no 16-bit weight feels it
+#define APART 1024.0f
 // exponents whose rounding is felt by no 16-bit weight
 #define MODERATE 512.0f
 // of sums, where all is masked
@@ -112,7 +114,7 @@ struct Meeting {
     }
 };
 
-// r and r^(p - 1) of a score; both 0 where it is not mixed
+// r and r^(p - 1) of a score; both 0 where it is not mixed, for which alphas near 1 ask `mixed`
 __device__ __forceinline__ float base(float c, float offset, float b, bool mixed, float* slope) {
 #if ALPHA == 1
     // through log1p, which stays exact as alpha -> 1; offset is -b u
@@ -121,8 +123,7 @@ __device__ __forceinline__ float base(float c, float offset, float b, bool mixed
     return 1.0f + x;
 #else
     // offset is 1 - b u
-    float r = saturated_product(c, b * LN_2, offset);
-    if (MIX && !mixed) r = 0.0f;
+    const float r = saturated_product(c, b * LN_2, offset);
 #if ALPHA == 15
     *slope = r;
 #elif ALPHA == 20
@@ -157,12 +158,10 @@ __device__ __forceinline__ float newton_step(float total, float slope, float b) 
 __device__ __forceinline__ float entmax(float c, float offset, float b, bool mixed) {
 #if ALPHA == 15 || ALPHA == 20
     const float shrink = ALPHA == 15 ? 0.5f : 0.25f;
-    float r = saturated_product(c, b * (LN_2 * shrink), offset * shrink);
-    if (MIX && !mixed) r = 0.0f;
+    const float r = saturated_product(c, b * (LN_2 * shrink), offset * shrink);
     return ALPHA == 15 ? r * r : r;
 #elif ALPHA == 0
-    float r = saturated_product(c, b * LN_2, offset);
-    if (MIX && !mixed) r = 0.0f;
+    const float r = saturated_product(c, b * LN_2, offset);
     return fast_exp2(fmaf(fast_log2(r), 1.0f / b, -2.0f));
 #else
     float power;
@@ -171,21 +170,23 @@ __device__ __forceinline__ float entmax(float c, float offset, float b, bool mix
 #endif
 }
 
-// The part of a chunk of keys or values that a thread copies, zeros past the last key and column.
+// The part of a chunk of keys or values that a thread copies, zeros past the last key and column: always the same 16
+// bytes of a row, of every `rows_at_once`-th one.
 template <int COLUMNS_THERE>
 __device__ __forceinline__ void copy_chunk(half_t* buffer, const half_t* from, long long row, int first, int keys) {
-    const int pieces = PADDED(COLUMNS_THERE) / 8;
+    const int pieces = PADDED(COLUMNS_THERE) / 8, rows_at_once = WARPS * 32 / pieces;
     // addresses are computed anew: else they are kept, in registers that are not there
     int thread = (int)threadIdx.x;
     LOOK_CHANGED(thread);
-    UNROLLED (int start = 0; start < CHUNK * pieces; start += WARPS * 32) {
-        const int at = start + thread, key = at / pieces, column = at % pieces * 8;
-        if ((start + WARPS * 32) <= CHUNK * pieces || at < CHUNK * pieces) {
-            const bool inside = first + key < keys && column < COLUMNS_THERE;
-            const half_t* source = inside ? from + (first + key) * row + column : from;
-            copy_16_bytes(buffer + key * STRIDE(COLUMNS_THERE) + column, source, inside);
-        }
-    }
+    const int start = thread / pieces, column = thread % pieces * 8;
+    if (start >= rows_at_once) return;
+    buffer += start * STRIDE(COLUMNS_THERE) + column;
+    from += (first + start) * row + column;
+    // none of a column past the last one
+    const int left = PADDED(COLUMNS_THERE) == COLUMNS_THERE || column < COLUMNS_THERE ? keys - first - start : 0;
+    UNROLLED (int key = 0; key < CHUNK; key += rows_at_once)
+        if (key + rows_at_once <= CHUNK || start < CHUNK - key)
+            copy_16_bytes(buffer + key * STRIDE(COLUMNS_THERE), from + key * row, key < left);
 }
 
 // the key of a product's element, and whether it may be past the last one
@@ -342,6 +343,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
             if (MIX && IS_MIXED(i, e)) part_sum.row[e / 2] += p;
         }
         meeting.of_rows<true, MIX>(dense_sum, part_sum);
+        const float apart = MIX && ALPHA != 1 ? APART : 0.0f;
+        if (MIX) FOR_SCORES if (!IS_MIXED(i, e)) c[i][e] -= apart;
 
         Pair u, step = {};
         u.row[0] = u.row[1] = s.start;
@@ -384,7 +387,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
                     UNROLLED (int e = 0; e < 4; ++e) {
                         const int i = n * TILES_OF_CHUNK + j + half;
                         const float sparse = entmax(c[i][e], offset.row[e / 2], s.b, IS_MIXED(i, e));
-                        const float dense = fast_exp2(c[i][e] + level.row[e / 2]);
+                        const float up = IS_MIXED(i, e) ? level.row[e / 2] : level.row[e / 2] + apart;
+                        const float dense = fast_exp2(c[i][e] + up);
                         if (SIGN) w[e] = SIGN < 0 ? sparse - dense : sparse + dense;
                         else {
                             const float of_dense = MIX && !IS_MIXED(i, e) ? s.dense + s.sparse : s.dense;

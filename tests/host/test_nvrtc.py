@@ -40,8 +40,8 @@ def test_a_compiler_that_does_not_know_the_gpu_says_so():
 
 
 RECORD = json.loads(nvrtc_cost.RECORD.read_text(encoding="utf-8"))
-# bytes of stack, a few in thousands of instructions, where a tile's scores and results leave few registers
-SPILLS = ("300x72", "512x128", "1024x64")
+# eight registers among thousands of instructions
+SPILLS = {"fused sm_120 300x72 fp16 1.5": 32}
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,8 @@ def test_no_row_of_the_fused_kernel_is_worse_than_recorded(name):
     assert nvrtc_cost.worse(nvrtc_cost.measure(case), RECORD["rows"][str(case)]) is None
 
 
-def test_what_is_recorded_is_every_row_and_hardly_any_spills():
+def test_what_is_recorded_is_every_row_and_one_of_them_spills():
     fused = {str(case): case for case in nvrtc_cost.cases() if case.kernel == "fused"}
     assert set(RECORD["rows"]) == set(fused)
     for name, row in RECORD["rows"].items():
-        allowed = 170 if name.split()[2] in SPILLS else 0
-        assert row["stack_bytes"] <= allowed, name
+        assert row["stack_bytes"] <= SPILLS.get(name, 0), name

@@ -64,7 +64,7 @@ def test_a_diffuse_model():
 
 def test_a_model_with_a_sink():
     first = report_of(with_a_sink(), start_apart(tiny.POSITIVE)).splitlines()[0]
-    assert re.match(r"Sink: the start token holds [789]\d% of the text's attention\. Try tokens: without start", first)
+    assert re.match(r"Sink: the start token holds [789]\d% of the text's attention\. Compare tokens: words only", first)
 
 
 def test_with_clip_and_prompt_the_words_are_told():

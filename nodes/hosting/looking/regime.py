@@ -46,8 +46,8 @@ def sentence(reports: Sequence[LayerReport], lam: float, alpha: float) -> str:
     words = "" if before is None else f", and scale {lam:g} takes the words' share from {before:.0%} to {after:.0%}"
     if start >= SINK:
         return (
-            f"Sink: the start token holds {start:.0%} of the text's attention{words}. Try tokens: without start "
-            "token in Apply PLADIS (Advanced)."
+            f"Sink: the start token holds {start:.0%} of the text's attention{words}. Compare tokens: words only with "
+            "all in Apply PLADIS (Advanced); without start token alone changed little on our small model."
         )
     if padding >= PADDED:
         return (
