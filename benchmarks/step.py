@@ -96,12 +96,16 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, nargs="+", default=[1.5], help="one candidate each (default: 1.5)")
     parser.add_argument("--peer", type=Path, help="a checkout of sd-perturbed-attention")
     parser.add_argument("--pytorch-attention", action="store_true", help="as ComfyUI's --use-pytorch-cross-attention")
+    parser.add_argument("--without-triton", action="store_true", help="as on a GPU where there is none")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error("--repeats must be at least 2: quartiles are printed")
     import_host(["--use-pytorch-cross-attention"] if args.pytorch_attention else [])
 
+    if args.without_triton:
+        api = importlib.import_module("pladis_pack.pladis_core.api")
+        api._trials = [trials for trials in api._trials if trials.backend != "triton"]
     base = build(LAYOUTS[args.layout])
     models = candidates(base, args.alpha, args.peer)
     layout = LAYOUTS[args.layout]
@@ -118,7 +122,9 @@ def main() -> None:
         rows.append({"candidate": name, "seconds": median(seconds), "ratio": ratio})
         print(f"{name:<22} {median(seconds):>9.3f} s   {ratio[1]:.3f} [{ratio[0]:.3f}, {ratio[2]:.3f}] x plain")
     if args.json:
-        settings = {"layout": args.layout, "size": size, "steps": args.steps}
+        settings = {
+            "layout": args.layout, "size": size, "steps": args.steps, "without_triton": args.without_triton
+        }  # fmt: skip
         document = {"machine": machine, **settings, "turns": turns, "rows": rows}
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

@@ -49,6 +49,8 @@ LARGEST_SHARE, MOST_HELD = 200, 220
 SHARED_BYTES = 64 << 10
 # of these for two buffers: if all keys fit, they stay; if not, a few at a time
 RESIDENT_BYTES, BUFFER_BYTES = 56 << 10, 40 << 10
+# of a block, in tiles of each of its groups: a guess
+BEGINNING = 0.3
 LOG2_E = 1.4426950408889634
 
 
@@ -267,7 +269,7 @@ def laid_out(
     blocks = -(-tiles // variant.groups)
     if variant.chunks == variant.share == 1:
         # keys and values stay in shared memory while a block goes from tile to tile
-        blocks = max(1, min(blocks, kernel.blocks_at_once // (batch * heads)))
+        blocks = blocks_of_head(batch * heads, tiles, variant.groups, kernel.multiprocessors)
     problem = Problem(
         heads=heads, groups=heads // kv_heads, queries=queries, keys=keys, blocks=blocks, steps=steps,
         divided=abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole),
@@ -306,6 +308,19 @@ def variant_of(
     )
 
 
+@lru_cache(maxsize=1024)
+def blocks_of_head(heads: int, tiles: int, groups: int, multiprocessors: int) -> int:
+    """Blocks that divide the tiles of a head, `groups` at once: so many that all multiprocessors have about as much to
+    do, and few, since each begins with all keys and values.
+    """
+
+    def longest(blocks: int) -> float:
+        """Of a multiprocessor, in tiles."""
+        return -(-heads * blocks // multiprocessors) * (tiles / blocks + BEGINNING * groups)
+
+    return min(range(1, -(-tiles // groups) + 1), key=longest)
+
+
 def solver_steps(keys: int, alpha: float, dtype: torch.dtype) -> int:
     """At most."""
     return newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK
@@ -321,16 +336,16 @@ def tolerance(alpha: float, dtype: torch.dtype) -> float:
 class Kernel:
     """A variant on a device."""
 
-    # few as long as it is not checked: what a block does again is checked, too
-    blocks_at_once = 1
+    # one as long as it is not checked: what a block does again is checked, too
+    multiprocessors = 1
 
     def __init__(self, device: torch.device, variant: Variant) -> None:
         self._threads = variant.warps * LANES
         image = compiled(variant, _capability(device))
         self._functions = cuda_driver.Functions(device, image, (KERNEL,), variant.shared_bytes)
 
-    def use_whole_device(self) -> None:
-        self.blocks_at_once = self._functions.blocks_at_once(KERNEL, self._threads)
+    def use_all_multiprocessors(self, device: torch.device) -> None:
+        self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def launch(self, blocks: int, tensors, problem: Problem) -> None:
         self._functions.launch(KERNEL, blocks, self._threads, tensors, problem)
@@ -342,7 +357,7 @@ def kernel_of(device: torch.device, variant: Variant) -> Kernel:
     with torch.cuda.device(device):
         kernel = Kernel(device, variant)
         check(kernel, device, variant)
-        kernel.use_whole_device()
+        kernel.use_all_multiprocessors(device)
     return kernel
 
 

@@ -66,15 +66,6 @@ class Functions:
             None,
         ))  # fmt: skip
 
-    def blocks_at_once(self, name: str, threads: int) -> int:
-        """How many blocks the device runs at a time."""
-        of_one = ctypes.c_int()
-        with torch.cuda.device(self._device):
-            self._demand(self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                ctypes.byref(of_one), self._functions[name], threads, ctypes.c_size_t(self._shared_bytes)
-            ))  # fmt: skip
-        return of_one.value * torch.cuda.get_device_properties(self._device).multi_processor_count
-
     def _demand(self, status: int) -> None:
         if status == 0:
             return

@@ -31,13 +31,13 @@ class Trials:
     """
 
     def __init__(self, backend: str, name: str) -> None:
-        self._module, self._name = backend, name
+        self.backend, self._name = backend, name
         self._ran: set[torch.device] = set()
         self._failed: set = set()
 
     @cached_property
-    def _backend(self):
-        return import_module(f".{self._module}", __package__)
+    def _loaded(self):
+        return import_module(f".{self.backend}", __package__)
 
     def attend(self, query, key, value, mask, mix_mask, scale, alpha, *rest) -> torch.Tensor | None:
         """The kernel's output; None where it cannot take the tensors, or failed at such a problem.
@@ -52,9 +52,9 @@ class Trials:
             return None
         inputs = (query, key, value, mask, mix_mask, scale, alpha, *rest)
         try:
-            if self._backend.unusable(query, key, value) is not None:
+            if self._loaded.unusable(query, key, value) is not None:
                 return None
-            out = _with_memory(self._backend.attend, inputs)
+            out = _with_memory(self._loaded.attend, inputs)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # compilers, linkers, drivers and old releases fail each in a way of its own
