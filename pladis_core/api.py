@@ -7,6 +7,7 @@ softmax(S) by (1 - lam) * softmax(S) + lam * entmax_alpha(S), S the scaled score
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from .impl.common import wants_grad
 
 # far beyond any use, and far from where weights would overflow
 MAX_LAM = 1e6
+NEARLY_SPARSEMAX = 2.0 - 1e-6
 MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -65,7 +67,7 @@ def pladis_weights(
         raise ValueError(f"scores must be floating point, not {scores.dtype}: convert them with .float()")
     if not -scores.ndim <= dim < scores.ndim:
         raise ValueError(f"dim {dim} is out of range for scores of shape {tuple(scores.shape)}")
-    mixed = _mix_mask(mix_mask, scores.shape)
+    mixed = _mix_mask(mix_mask, scores.shape, scores.device)
     if operators.looked_on(scores):
         return operators.transformed_weights(scores, mixed, alpha, dim, 1.0 - lam, lam)
     mix = gradient.mix_weights if wants_grad(scores) else eager.mix_weights
@@ -171,6 +173,9 @@ def _attend(
 ) -> torch.Tensor:
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value on the chosen backend."""
     _check_tensors(query, key, value, enable_gqa)
+    if alpha > NEARLY_SPARSEMAX:
+        # to kernels, whose alpha - 1 is a float32, it would be 2, and not
+        alpha = 2.0
     scale = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")
@@ -178,10 +183,11 @@ def _attend(
     keys = key.shape[2]
     if attn_mask is not None and attn_mask.dtype not in MASK_DTYPES:
         raise ValueError(f"attn_mask must be boolean or floating point, not {attn_mask.dtype}")
-    attn_mask = _broadcast("attn_mask", attn_mask, (batch, heads, queries, keys))
-    mix_mask = _mix_mask(mix_mask, (batch, keys))
-    mass = _broadcast("mass", mass, (batch, heads, queries, 1))
-    row_lse = _broadcast("row_lse", row_lse, (batch, heads, queries, 1))
+    device = query.device
+    attn_mask = _broadcast("attn_mask", attn_mask, (batch, heads, queries, keys), device)
+    mix_mask = _mix_mask(mix_mask, (batch, keys), device)
+    mass = _broadcast("mass", mass, (batch, heads, queries, 1), device)
+    row_lse = _broadcast("row_lse", row_lse, (batch, heads, queries, 1), device)
     tensors = query, key, value, attn_mask, mass, row_lse
     implementation = _backend(backend, wants_grad(*tensors))
     if operators.looked_on(*tensors):
@@ -246,6 +252,7 @@ def _has_gpu_compiler(device: torch.device) -> bool:
 # ComfyUI on Windows often comes without Triton: nothing to report
 _trials = [trial.Trials("triton", "Triton")] if find_spec("triton") is not None else []
 _trials += [trial.Trials("cuda", "NVRTC"), trial.Trials("nvrtc", "NVRTC")]
+_trials = [trials for trials in _trials if trials.backend not in os.environ.get(trial.LEFT_OUT, "")]
 
 _ATTEND = {
     "auto": _fastest, "reference": _reference, "portable": eager.attend, "eager": _eager,
@@ -286,15 +293,22 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
 
 
-def _mix_mask(mix_mask: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+def _mix_mask(
+    mix_mask: torch.Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor | None:
     if mix_mask is not None and mix_mask.dtype != torch.bool:
         raise ValueError(f"mix_mask must be boolean (True is mixed), not {mix_mask.dtype}")
-    return _broadcast("mix_mask", mix_mask, shape)
+    return _broadcast("mix_mask", mix_mask, shape, device)
 
 
-def _broadcast(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+def _broadcast(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor | None:
     if tensor is None:
         return None
+    if tensor.device != device:
+        # a kernel would read its address, whatever lies there
+        raise ValueError(f"{name} is on {tensor.device} and query on {device}: move them to one device")
     try:
         return tensor.expand(shape)
     except RuntimeError:

@@ -68,6 +68,12 @@ def unit_keys(
     return unit, gain
 
 
+def whole_power(alpha: float) -> int:
+    """p = 1 / (alpha - 1) where it is a whole number from 3 to 10, as at alpha 1.25: r^p is a few products. Else 0."""
+    p = round(1.0 / max(alpha - 1.0, 1e-3))
+    return p if 3 <= p <= 10 and abs(p * (alpha - 1.0) - 1.0) < 1e-6 else 0
+
+
 class Mix(NamedTuple):
     """`dense` and `sparse` as a kernel takes them: weights are factor * (dense * softmax + sparse * entmax)."""
 

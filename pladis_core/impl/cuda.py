@@ -24,6 +24,7 @@ from .common import (
     newton_steps,
     small_b,
     stored,
+    whole_power,
 )
 from .self_check import compare
 
@@ -49,6 +50,8 @@ LARGEST_SHARE, MOST_HELD = 200, 220
 SHARED_BYTES = 64 << 10
 # of these for two buffers: if all keys fit, they stay; if not, a few at a time
 RESIDENT_BYTES, BUFFER_BYTES = 56 << 10, 40 << 10
+# where two blocks are to share a multiprocessor of the RTX 20 series
+HALF_OF_SHARED_BYTES = 31 << 10
 # of a block, in tiles of each of its groups: a guess
 BEGINNING = 0.3
 LOG2_E = 1.4426950408889634
@@ -82,6 +85,7 @@ class Variant(NamedTuple):
     blocks: int
     chunk: int
     alpha: int
+    power: int
     type: int
     sign: int
     mask: bool
@@ -138,7 +142,7 @@ def sizes(keys: int, width: int, value_width: int) -> dict[str, int]:
     step = 16 * share
     chunk = -(-padded // step) * step
     if chunk * row > RESIDENT_BYTES:
-        most = max(BUFFER_BYTES // row // step, 1)
+        most = max((BUFFER_BYTES if share > 1 else HALF_OF_SHARED_BYTES) // row // step, 1)
         # the fewest keys past the last one, and then the fewest chunks
         chunk = min(
             (step * n for n in range(-(-most // 2), most + 1)), key=lambda size: (-(-padded // size) * size, -size)
@@ -146,7 +150,7 @@ def sizes(keys: int, width: int, value_width: int) -> dict[str, int]:
     held = (-(-padded // chunk) * chunk / share + columns) / 2
     if held <= 76:
         warps, blocks = 8, 2
-    elif share > 1:
+    elif share > 1 or (chunk >= padded and chunk * row > HALF_OF_SHARED_BYTES):
         warps, blocks = 8, 1
     else:
         warps, blocks = 4, 3 if held <= 116 else 2
@@ -269,7 +273,7 @@ def laid_out(
     blocks = -(-tiles // variant.groups)
     if variant.chunks == variant.share == 1:
         # keys and values stay in shared memory while a block goes from tile to tile
-        blocks = blocks_of_head(batch * heads, tiles, variant.groups, kernel.multiprocessors)
+        blocks = blocks_of_head(batch * heads, tiles, variant.groups, kernel.places)
     problem = Problem(
         heads=heads, groups=heads // kv_heads, queries=queries, keys=keys, blocks=blocks, steps=steps,
         divided=abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole),
@@ -299,6 +303,7 @@ def variant_of(
         value=value_width,
         **sizes(keys, width, value_width),
         alpha={1.5: 15, 2.0: 20}.get(alpha, 1 if alpha - 1.0 < small_b(dtype) else 0),
+        power=whole_power(alpha),
         type=TYPES[dtype],
         sign=(-1 if weights.dense < 0.0 else 1) if weights.unit and not mix else 0,
         mask=mask,
@@ -309,14 +314,14 @@ def variant_of(
 
 
 @lru_cache(maxsize=1024)
-def blocks_of_head(heads: int, tiles: int, groups: int, multiprocessors: int) -> int:
-    """Blocks that divide the tiles of a head, `groups` at once: so many that all multiprocessors have about as much to
-    do, and few, since each begins with all keys and values.
+def blocks_of_head(heads: int, tiles: int, groups: int, places: int) -> int:
+    """Blocks that divide the tiles of a head, `groups` at once: so many that all places for a block have about as much
+    to do, and few, since each begins with all keys and values.
     """
 
     def longest(blocks: int) -> float:
-        """Of a multiprocessor, in tiles."""
-        return -(-heads * blocks // multiprocessors) * (tiles / blocks + BEGINNING * groups)
+        """Of a place, in tiles."""
+        return -(-heads * blocks // places) * (tiles / blocks + BEGINNING * groups)
 
     return min(range(1, -(-tiles // groups) + 1), key=longest)
 
@@ -336,16 +341,20 @@ def tolerance(alpha: float, dtype: torch.dtype) -> float:
 class Kernel:
     """A variant on a device."""
 
-    # one as long as it is not checked: what a block does again is checked, too
-    multiprocessors = 1
+    # for blocks at a time: one as long as it is not checked, so that what a block does again is checked, too
+    places = 1
 
     def __init__(self, device: torch.device, variant: Variant) -> None:
         self._threads = variant.warps * LANES
         image = compiled(variant, _capability(device))
         self._functions = cuda_driver.Functions(device, image, (KERNEL,), variant.shared_bytes)
 
-    def use_all_multiprocessors(self, device: torch.device) -> None:
-        self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    def use_whole_device(self, device: torch.device, variant: Variant) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        shared = getattr(properties, "shared_memory_per_multiprocessor", SHARED_BYTES)
+        # the driver keeps one KiB of each block
+        of_one = max(1, min(variant.blocks, shared // (variant.shared_bytes + 1024)))
+        self.places = of_one * properties.multi_processor_count
 
     def launch(self, blocks: int, tensors, problem: Problem) -> None:
         self._functions.launch(KERNEL, blocks, self._threads, tensors, problem)
@@ -357,7 +366,7 @@ def kernel_of(device: torch.device, variant: Variant) -> Kernel:
     with torch.cuda.device(device):
         kernel = Kernel(device, variant)
         check(kernel, device, variant)
-        kernel.use_all_multiprocessors(device)
+        kernel.use_whole_device(device, variant)
     return kernel
 
 
@@ -368,7 +377,7 @@ def check(kernel: Kernel, device: torch.device, variant: Variant) -> None:
         RuntimeError: they differ by more than rounding.
     """
     dtype = next(dtype for dtype, number in TYPES.items() if number == variant.type)
-    alpha = {0: 1.25, 1: 1.002, 15: 1.5, 20: 2.0}[variant.alpha]
+    alpha = {0: 1.0 + 1.0 / variant.power if variant.power else 1.3, 1: 1.002, 15: 1.5, 20: 2.0}[variant.alpha]
     # weights of 3, so that entmax has a factor; or those whose softmax has the variant's sign
     dense, sparse = (-1.0, 2.0) if variant.sign < 0 else (0.25, 0.75) if variant.sign > 0 else (1.5, 1.0)
     compare(

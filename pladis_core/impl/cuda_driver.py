@@ -15,6 +15,8 @@ import torch
 WINDOWS = sys.platform == "win32"
 DRIVERS = ("nvcuda.dll",) if WINDOWS else ("libcuda.so.1",)
 POINTER = ctypes.sizeof(ctypes.c_void_p)
+# CUDA_ERROR_INVALID_CONTEXT
+NO_CONTEXT = 201
 # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 LARGEST_SHARED_MEMORY = 8
 
@@ -60,11 +62,17 @@ class Functions:
                 self._start(name, blocks, threads, addresses)
 
     def _start(self, name: str, blocks: int, threads: int, addresses: ctypes.Array) -> None:
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        self._demand(self._driver.cuLaunchKernel(
-            self._functions[name], blocks, 1, 1, threads, 1, 1, self._shared_bytes, ctypes.c_void_p(stream), addresses,
-            None,
-        ))  # fmt: skip
+        stream = torch.cuda.current_stream(self._device)
+        arguments = (
+            self._functions[name], blocks, 1, 1, threads, 1, 1, self._shared_bytes,
+            ctypes.c_void_p(stream.cuda_stream), addresses, None,
+        )  # fmt: skip
+        status = self._driver.cuLaunchKernel(*arguments)
+        if status == NO_CONTEXT:
+            # of a thread in which torch has not called CUDA yet
+            stream.synchronize()
+            status = self._driver.cuLaunchKernel(*arguments)
+        self._demand(status)
 
     def _demand(self, status: int) -> None:
         if status == 0:

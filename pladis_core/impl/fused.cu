@@ -19,6 +19,7 @@
 //   WARPS, BLOCKS  of a block, and blocks that a multiprocessor is meant to hold
 //   CHUNK          keys of a buffer, a multiple of 16 SHARE
 //   ALPHA          15, 20, 1 for alphas near 1, 0 for any other
+//   POWER          p, where it is a small whole number that ALPHA does not say; else 0
 //   TYPE           16 float16, 17 bfloat16
 //   SIGN           of the softmax where the factor of entmax is 1; 0 where that is any other
 //   MASK, MIX      whether there is an additive mask; whether only some keys are mixed
@@ -114,6 +115,13 @@ struct Meeting {
     }
 };
 
+template <int N>
+__device__ __forceinline__ float whole_power(float r) {
+    float power = r;
+    UNROLLED (int i = 1; i < N; ++i) power *= r;
+    return power;
+}
+
 // r and r^(p - 1) of a score; both 0 where it is not mixed, for which alphas near 1 ask `mixed`
 __device__ __forceinline__ float base(float c, float offset, float b, bool mixed, float* slope) {
 #if ALPHA == 1
@@ -129,7 +137,8 @@ __device__ __forceinline__ float base(float c, float offset, float b, bool mixed
 #elif ALPHA == 20
     *slope = r > 0.0f ? 1.0f : 0.0f;
 #else
-    *slope = fast_exp2(fast_log2(r) * ((1.0f - b) / b));
+    // a logarithm and an exponential take the special function units sixteen cycles
+    *slope = POWER ? whole_power<POWER - 1>(r) : fast_exp2(fast_log2(r) * ((1.0f - b) / b));
 #endif
     return r;
 #endif
@@ -162,7 +171,7 @@ __device__ __forceinline__ float entmax(float c, float offset, float b, bool mix
     return ALPHA == 15 ? r * r : r;
 #elif ALPHA == 0
     const float r = saturated_product(c, b * LN_2, offset);
-    return fast_exp2(fmaf(fast_log2(r), 1.0f / b, -2.0f));
+    return POWER ? 0.25f * whole_power<POWER>(r) : fast_exp2(fmaf(fast_log2(r), 1.0f / b, -2.0f));
 #else
     float power;
     const float r = base(c, offset, b, mixed, &power);

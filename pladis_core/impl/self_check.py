@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -28,20 +29,22 @@ def compare(
         RuntimeError: they differ by more than rounding.
     """
     generator = torch.Generator().manual_seed(0)
-    # laid out as hosts do: heads behind positions
+    # whatever the default device and dtype are
+    drawn = partial(torch.randn, generator=generator, device="cpu", dtype=torch.float32)
+    # laid out as hosts do: heads behind positions; with one head of keys and values
     query, key, value = (
-        torch.randn(1, length, HEADS, columns, generator=generator).to(dtype).to(device).transpose(1, 2)
-        for length, columns in ((ROWS, width), (keys, width), (keys, value_width))
+        drawn(1, length, heads, columns).to(dtype).to(device).transpose(1, 2)
+        for length, heads, columns in ((ROWS, HEADS, width), (keys, 1, width), (keys, 1, value_width))
     )
     bias = mixed = share = row_lse = None
     if mask:
-        bias = torch.randn(ROWS, keys, generator=generator)
+        bias = drawn(ROWS, keys)
         bias = bias.masked_fill(bias > 1.0, -torch.inf).to(device).expand(1, HEADS, -1, -1)
     if mix:
-        mixed = (torch.arange(keys)[None] % 3 > 0).to(device)
+        mixed = (torch.arange(keys, device="cpu")[None] % 3 > 0).to(device)
     if mass:
-        drawn = torch.rand(1, HEADS, ROWS, 1, generator=generator).to(device)
-        share, row_lse = (drawn, None) if mass == 1 else (None, 2.0 + 4.0 * drawn)
+        sizes = drawn(1, HEADS, ROWS, 1).abs().to(device)
+        share, row_lse = (sizes, None) if mass == 1 else (None, 2.0 + 4.0 * sizes)
     others = scale * width**-0.5, alpha, dense, sparse, share, row_lse
     out = attend(query, key, value, bias, mixed, *others).float()
     expected = eager.attend(query.float(), key.float(), value.float(), bias, mixed, *others)

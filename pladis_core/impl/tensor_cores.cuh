@@ -64,7 +64,7 @@ __device__ __forceinline__ unsigned rounded(float first, float second) {
     return both;
 }
 __device__ __forceinline__ unsigned saturated(float first, float second) {
-#if RECENT && __CUDACC_VER_MAJOR__ >= 12
+#if RECENT && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
     unsigned both;
     asm("cvt.rn.satfinite." NAME "x2.f32 %0, %2, %1;" : "=r"(both) : "f"(first), "f"(second));
     return both;

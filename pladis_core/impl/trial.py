@@ -8,12 +8,15 @@ from importlib import import_module
 
 import torch
 
+# of the environment: backends that are not tried
+LEFT_OUT = "PLADIS_WITHOUT"
 LOGGER = logging.getLogger(__name__)
 OUT_OF_MEMORY = "out of memory"
 # afterwards nothing runs on that device any more in this process, a slower kernel neither
 BROKEN_CONTEXT = (
     "illegal memory access", "illegal address", "misaligned address", "illegal instruction", "launch failure",
-    "device-side assert", "hardware exception", "memory access fault",
+    "device-side assert", "hardware exception", "memory access fault", "launch timed out", "unknown error",
+    "invalid program counter", "hardware stack error", "operation not supported on global/shared address space",
 )  # fmt: skip
 
 
@@ -47,7 +50,9 @@ class Trials:
             RuntimeError: the device is beyond use.
         """
         device = query.device
-        problem = (device, query.dtype, key.shape[-2], query.shape[-1], value.shape[-1], alpha)
+        problem = (
+            device, query.dtype, key.shape[-2], query.shape[-1], value.shape[-1], alpha, mask is None, mix_mask is None
+        )  # fmt: skip
         if device in self._failed or problem in self._failed:
             return None
         inputs = (query, key, value, mask, mix_mask, scale, alpha, *rest)
@@ -59,6 +64,13 @@ class Trials:
             raise
         except Exception as error:  # compilers, linkers, drivers and old releases fail each in a way of its own
             if is_broken(error):
+                LOGGER.error(
+                    "PLADIS: %s is beyond use (%s). If the kernel that %s compiles should be the cause, start with "
+                    "%s=%s in the environment: same images.", device, error, self._name, LEFT_OUT, self.backend,
+                )  # fmt: skip
+                raise
+            if _is_recorded(device):
+                # compiling and comparing are not for a CUDA graph; elsewhere the kernel may work
                 raise
             # a device that runs it is not given up for one problem
             whole = device not in self._ran
@@ -74,6 +86,10 @@ class Trials:
             LOGGER.info("PLADIS: attention on %s runs in a kernel that %s compiles.", device, self._name)
             self._ran.add(device)
         return out
+
+
+def _is_recorded(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _with_memory(attend, inputs) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LARGEST_CANCELLATION, STEPS_FROM_THE_PEAK, Mix, newton_steps, small_b
+from .common import LARGEST_CANCELLATION, STEPS_FROM_THE_PEAK, Mix, newton_steps, small_b, whole_power
 from .triton_kernel import (
     INTERPRETED,
     LOG2_E,
@@ -222,7 +222,7 @@ def plan(
         D=width,
         DV=value_width,
         ALPHA=alpha if common else 0,
-        POWER=0 if common else 2 if b < small_b(dtype) else 0 if lean else 1,
+        POWER=0 if common else 2 if b < small_b(dtype) else whole_power(alpha) or (0 if lean else 1),
         EXACT=not lean,
         FOLD=folded,
         MASK=0 if mask is None else 1 if mask == torch.bool else 2,

@@ -91,6 +91,7 @@ class How(NamedTuple):
     DV: int  # columns of the value
     ALPHA: float  # 1.5, 2, or 0 for any other ...
     POWER: int  # ... whose r^(p - 1) is: 0 in the hardware's logarithm and exponential, 1 in exact ones, 2 near alpha 1
+    #             or, from 3 on, in products, where p is this whole number
     EXACT: bool  # float32
     FOLD: bool  # the gain has the softmax scale in it
     MASK: int  # 0 none, 1 boolean, 2 additive
@@ -332,6 +333,15 @@ def _centre(highest, peak, gain, MIX: tl.constexpr):
 
 
 @triton.jit
+def _whole_power(r, N: tl.constexpr):
+    """r^N"""
+    power = r
+    for _ in tl.static_range(1, N):
+        power *= r
+    return power
+
+
+@triton.jit
 def _powers(c, u, b, part, HOW):
     """r and r^(p - 1) of one tile; with MIX both are 0 outside the columns `part`."""
     if HOW.POWER == 2:
@@ -346,6 +356,8 @@ def _powers(c, u, b, part, HOW):
         return r, r
     if HOW.ALPHA == 2:
         return r, tl.where(r > 0.0, 1.0, 0.0)
+    if HOW.POWER > 2:
+        return r, _whole_power(r, HOW.POWER - 1)
     if HOW.POWER == 1:
         return r, tl.exp(tl.log(r) * ((1.0 - b) / b))
     return r, _exp2(_log2(r, HOW.PTX) * ((1.0 - b) / b), HOW.PTX)
@@ -416,6 +428,8 @@ def _entmax(c, found, b, part, HOW):
         return r * r
     if HOW.ALPHA == 2:
         return r
+    if HOW.POWER > 2:
+        return 0.25 * _whole_power(r, HOW.POWER)
     return _exp2(tl.fma(_log2(r, HOW.PTX), 1.0 / b, -2.0), HOW.PTX)
 
 

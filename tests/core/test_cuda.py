@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import logging
 import mmap
+import os
+import subprocess
 import sys
 from functools import cache
 from types import SimpleNamespace
@@ -109,7 +111,8 @@ def assert_close(out, expected, roundings=4.0):
     ("shape", "alpha", "dtype"),
     [
         ("sdxl", 1.0, "float16"), ("sdxl", 1.002, "bfloat16"), ("sdxl", 1.0001, "float16"), ("sdxl", 1.02, "float16"),
-        ("sdxl", 1.25, "float16"), ("sdxl", 1.9, "bfloat16"), ("sdxl", 1.5, "float16"), ("sdxl", 1.5, "bfloat16"),
+        ("sdxl", 1.25, "float16"), ("sdxl", 1.1, "bfloat16"), ("sdxl", 1.3, "float16"), ("sdxl", 1.9, "bfloat16"),
+        ("sdxl", 2.0 - 1e-8, "float16"), ("sdxl", 1.5, "float16"), ("sdxl", 1.5, "bfloat16"),
         ("sdxl", 2.0, "float16"), ("sdxl", 2.0, "bfloat16"), ("sd15", 1.5, "float16"), ("sd15 wide", 1.5, "float16"),
         ("grouped", 1.5, "float16"), ("one key", 1.5, "float16"), ("sixteen keys", 2.0, "float16"),
         ("two prompts", 1.5, "bfloat16"), ("pixart", 1.5, "bfloat16"), ("flux", 1.5, "bfloat16"),
@@ -342,8 +345,8 @@ def test_every_problem_that_fits_has_tiles_that_fit():
     for keys, width in ((1, 8), (77, 40), (80, 256), (154, 128), (231, 64), (300, 72), (512, 128), (1000, 128)):
         chosen = cuda.sizes(keys, width, width)
         variant = cuda.Variant(
-            keys=-(-keys // 16) * 16, least_keys=1, width=width, value=width, **chosen, alpha=15, type=16, sign=-1,
-            mask=False, mix=False, mass=0, flip=False,
+            keys=-(-keys // 16) * 16, least_keys=1, width=width, value=width, **chosen, alpha=15, power=0, type=16,
+            sign=-1, mask=False, mix=False, mass=0, flip=False,
         )  # fmt: skip
         assert variant.chunk % (16 * variant.share) == 0 and variant.warps % variant.share == 0
         assert variant.shared_bytes <= 64 << 10
@@ -395,13 +398,50 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
     assert caplog.records[0].message.startswith("PLADIS: NVRTC fails on cpu (RuntimeError: its result is off by ")
 
 
+def test_a_kernel_that_fails_while_a_graph_is_recorded_is_tried_again_later(monkeypatch):
+    def fails(device, variant):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda, "kernel_of", fails)
+    monkeypatch.setattr(trial, "_is_recorded", lambda device: True)
+    trials, inputs = trial.Trials("cuda", "NVRTC"), tensors("sixteen keys")
+    rest = None, None, 0.25, 1.5, -1.0, 2.0, None, None
+    with pytest.raises(RuntimeError, match="capturing"):
+        trials.attend(*inputs, *rest)
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda, "unusable", lambda *tensors: None)
+    monkeypatch.setattr(cuda, "attend", eager.attend)
+    assert trials.attend(*inputs, *rest) is not None
+
+
+def test_a_device_beyond_use_is_told_with_a_way_out(monkeypatch, caplog):
+    def fails(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered (700)")
+
+    monkeypatch.setattr(cuda, "attend", fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"), caplog.at_level(logging.ERROR):
+        trial.Trials("cuda", "NVRTC").attend(*tensors("sixteen keys"), None, None, 0.25, 1.5, -1.0, 2.0, None, None)
+    assert "start with PLADIS_WITHOUT=cuda in the environment" in caplog.text
+
+
+def test_the_environment_leaves_backends_out():
+    code = "from pladis_core import api; print(*[trials.backend for trials in api._trials])"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PLADIS_WITHOUT"] = "triton,cuda"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == ["nvrtc"], found.stderr
+
+
+@pytest.mark.parametrize("name", ("attn_mask", "mix_mask"))
+def test_a_tensor_on_another_device_is_refused_before_a_kernel_gets_its_address(name):
+    query, key, value = tensors("sixteen keys")
+    with pytest.raises(ValueError, match=f"{name} is on meta and query on cpu"):
+        pladis_attention(query, key, value, **{name: torch.ones(1, 16, dtype=torch.bool, device="meta")})
+
+
 @pytest.mark.parametrize("changes", ({}, {"sign": 1}, {"sign": 0}, {"flip": True}, {"mix": True, "sign": 0, "mass": 2}))
 def test_a_right_kernel_passes_its_check(kernels, changes):
-    inputs = tensors("sixteen keys")
-    found = []
-    cuda._attend(lambda device, variant: found.append(variant) or kernels(device, variant), *inputs, None, None, 1.0,
-                 1.5, -1.0, 2.0, None, None)  # fmt: skip
-    variant = found[0]._replace(**changes)
+    variant = variant_of_sixteen_keys()._replace(**changes)
     cuda.check(kernels(torch.device("cpu"), variant), torch.device("cpu"), variant)
 
 
@@ -502,18 +542,47 @@ def test_the_driver_gets_every_address_and_checks_come_first(a_gpu):
     assert len(driver.launches) == 3 and torch.equal(out, cuda.attend(*arguments))
 
 
-def test_blocks_are_so_many_that_multiprocessors_have_as_much_to_do(a_gpu):
+def test_blocks_are_so_many_that_the_whole_device_has_as_much_to_do(a_gpu):
     query, key, value = (torch.randn(1, length, 2, 16).half().transpose(1, 2) for length in (16 * 50, 16, 16))
     out = attend(query, key, value)
     assert_close(out, definition(query, key, value))
-    # 4 multiprocessors, 2 heads of 50 tiles: 2 blocks of each
-    assert a_gpu["driver"].launches[-1] == (4, 256, 2)
-    # SDXL's larger layers on 28, 128 and 132 multiprocessors: no one has 10 % more to do than all on average
-    for multiprocessors in (28, 128, 132):
-        blocks = cuda.blocks_of_head(20, 256, 8, multiprocessors)
-        most = -(-20 * blocks // multiprocessors) * 256 / blocks
-        assert most <= 1.1 * 20 * 256 / multiprocessors
-    assert cuda.blocks_of_head(500, 1, 8, 132) == 1
+    # 4 multiprocessors with 2 places each, 2 heads of 50 tiles: 4 blocks of each
+    assert a_gpu["driver"].launches[-1] == (8, 256, 4)
+    # SDXL's larger layers on 28, 82, 128 and 132 multiprocessors: no place has 10 % more to do than all on average
+    for places in (56, 164, 256, 264):
+        blocks = cuda.blocks_of_head(20, 256, 8, places)
+        most = -(-20 * blocks // places) * 256 / blocks
+        assert most <= 1.1 * 20 * 256 / places
+    assert cuda.blocks_of_head(500, 1, 8, 264) == 1
+
+
+def test_a_thread_without_a_context_gets_one(a_gpu, monkeypatch):
+    inputs, launch, failed = tensors("sixteen keys"), Driver.cuLaunchKernel, []
+
+    def at_first_without(driver, *arguments):
+        if failed:
+            return launch(driver, *arguments)
+        failed.append(1)
+        return 201
+
+    attend(*inputs)
+    monkeypatch.setattr(Driver, "cuLaunchKernel", at_first_without)
+    assert_close(attend(*inputs), definition(*inputs))
+    assert failed
+
+
+def test_it_compares_itself_whatever_the_defaults_are(kernels):
+    variant = variant_of_sixteen_keys()
+    torch.set_default_dtype(torch.float16)
+    try:
+        cuda.check(kernels(torch.device("cpu"), variant), torch.device("cpu"), variant)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def variant_of_sixteen_keys():
+    shapes = torch.Size((1, 1, 33, 16)), torch.Size((1, 1, 16, 16))
+    return cuda.variant_of(*shapes, torch.float16, 0.25, 1.5, -1.0, 2.0, mask=False, mix=False, mass=0)
 
 
 def test_what_the_driver_says_is_raised(a_gpu, monkeypatch):
