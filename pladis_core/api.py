@@ -174,7 +174,7 @@ def _attend(
     """mass * (dense * softmax(S) + sparse * entmax_alpha(S)) @ value on the chosen backend."""
     _check_tensors(query, key, value, enable_gqa)
     if alpha > NEARLY_SPARSEMAX:
-        # to kernels, whose alpha - 1 is a float32, it would be 2, and not
+        # kernels take alpha - 1 as float32, which is 1 there, to code for alphas below 2
         alpha = 2.0
     scale = max(query.shape[3], 1) ** -0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
