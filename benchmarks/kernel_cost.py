@@ -229,26 +229,43 @@ def solver_steps(
 
     block_k: of the streaming form, whose start is what its first pass makes of tiles of so many keys.
     """
-    scores = torch.randn(SAMPLE_ROWS, keys, generator=torch.Generator().manual_seed(0)) * sigma
-    steps = streaming_steps if block_k else resident_steps
-    taken = steps(scores, alpha, block_q, tolerance, most, *((block_k, exact) if block_k else ()))
+    scores = gaussian_scores(keys, sigma)
+    if block_k:
+        taken = streaming_steps(scores, alpha, block_q, tolerance, most, block_k, exact)
+    else:
+        taken, _ = resident_steps(scores, alpha, block_q, tolerance, most)
     return float(taken.float().mean())
 
 
-def resident_steps(scores: torch.Tensor, alpha: float, block_q: int, tolerance: float, most: int) -> torch.Tensor:
-    """(tiles,) of scores (rows, keys): steps that the resident form takes, as `impl/triton_kernel.py` has it."""
+def gaussian_scores(keys: int, sigma: float) -> torch.Tensor:
+    """(SAMPLE_ROWS, keys), always the same."""
+    return torch.randn(SAMPLE_ROWS, keys, generator=torch.Generator().manual_seed(0)) * sigma
+
+
+def resident_steps(
+    scores: torch.Tensor, alpha: float, block_q: int, tolerance: float, most: int, u: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tiles,) of scores (rows, keys): steps that the resident form takes, as `impl/triton_kernel.py` has it; and
+    (rows, 1), where they lead.
+
+    u: (rows, 1), from where.
+    """
     b = alpha - 1.0
     scores = scores - scores.amax(1, keepdim=True)
-    u = torch.zeros(len(scores), 1)
-    taken = torch.full((len(scores),), most)
+    u = torch.zeros(len(scores), 1) if u is None else u
+    tiles = len(scores) // block_q
+    taken = torch.full((tiles,), most)
+    goes_on = torch.ones(tiles, 1, 1, dtype=torch.bool)
     for done in range(1, most + 1):
         total, slope = _sums(scores, u, b)
         step = -torch.expm1(-b * total.log()) * total / (b * slope)
-        taken[(step[:, 0] <= tolerance) & (taken == most)] = done
-        u += step.clamp(min=0.0)
-        if (taken < most).all():
+        u = u + (step.clamp(min=0.0).view(tiles, block_q, 1) * goes_on).view_as(u)
+        ends = goes_on & (step.view(tiles, block_q, 1).amax(1, keepdim=True) <= tolerance)
+        taken[ends.view(tiles)] = done
+        goes_on &= ~ends
+        if not goes_on.any():
             break
-    return taken.view(-1, block_q).amax(1)
+    return taken, u
 
 
 def streaming_steps(

@@ -23,7 +23,19 @@ import torch
 
 from pladis_core.impl import cuda, nvrtc
 
-from .kernel_cost import DTYPES, GPUS, MORE_INSTRUCTIONS, PROBLEMS, Code, Gpu, nvidia_code, solver_steps, weighted
+from .kernel_cost import (
+    DTYPES,
+    GPUS,
+    MORE_INSTRUCTIONS,
+    PROBLEMS,
+    Code,
+    Gpu,
+    gaussian_scores,
+    nvidia_code,
+    resident_steps,
+    solver_steps,
+    weighted,
+)
 
 # recorded by --record, of fused.cu; a row that is worse fails --check and the test
 RECORD = Path(__file__).with_name("nvrtc_cost.json")
@@ -99,10 +111,21 @@ def fused(case: Case, capability: tuple[int, int], dtype: torch.dtype) -> tuple[
     """registers, stack, steps, instructions of a warp, and its rows and keys."""
     variant = fused_variant(case, dtype)
     code, registers, stack = nvidia_code(cuda.compiled(variant, capability), cuda.KERNEL)
-    most = cuda.solver_steps(case.keys, case.alpha, dtype)
-    steps = solver_steps(case.keys, case.alpha, cuda.ROWS, cuda.tolerance(case.alpha, dtype), most, 1.0)
-    # the loop over tiles, and within it the solver's
-    return registers, stack, steps, weighted(of_a_tile(code), (1, steps), 1), cuda.ROWS, case.keys / variant.share
+    tile = of_a_tile(code)
+    in_halves, steps = fused_steps(case, dtype, any("HFMA2.SAT" in text for _, text, _ in tile))
+    # the loop over tiles, within it the solver's: that in half precision ends in a product of matrices
+    executed = weighted(tile, (1, steps), in_halves)
+    return registers, stack, in_halves + steps, executed, cuda.ROWS, case.keys / variant.share
+
+
+def fused_steps(case: Case, dtype: torch.dtype, has_halves: bool) -> tuple[float, float]:
+    """Mean steps in half precision, whose rounding is left out here, and in float32, for a tile of Gaussian scores."""
+    scores, most, u = gaussian_scores(case.keys, 1.0), cuda.solver_steps(case.keys, case.alpha, dtype), None
+    in_halves = torch.zeros(1)
+    if has_halves:
+        in_halves, u = resident_steps(scores, case.alpha, cuda.ROWS, cuda.coarse_tolerance(case.alpha), most)
+    steps, _ = resident_steps(scores, case.alpha, cuda.ROWS, cuda.tolerance(case.alpha, dtype), most, u)
+    return float(in_halves.float().mean()), float(steps.float().mean())
 
 
 def fused_variant(case: Case, dtype: torch.dtype) -> cuda.Variant:

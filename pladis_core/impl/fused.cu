@@ -21,7 +21,7 @@
 //   ALPHA          15, 20, 1 for alphas near 1, 0 for any other
 //   POWER          p, where it is a small whole number that ALPHA does not say; else 0
 //   TYPE           16 float16, 17 bfloat16
-//   SIGN           of the softmax where the factor of entmax is 1; 0 where that is any other
+//   UNIT           whether the factor of entmax is 1
 //   MASK, MIX      whether there is an additive mask; whether only some keys are mixed
 //   MASS           of a row: 0 is 1, 1 given, 2 from the log-sum-exp of a longer row
 //   FLIP           whether the scale is below 0
@@ -29,12 +29,15 @@
 #define ROWS 16
 #define CHUNKS ((KEYS + CHUNK - 1) / CHUNK)
 #define KEYS_OF_WARP (CHUNK / SHARE)           // of a chunk
-#define TILES (CHUNKS * KEYS_OF_WARP / 8)      // products of 8 keys, of a warp
-#define TILES_OF_CHUNK (KEYS_OF_WARP / 8)
+#define TILES_OF_CHUNK (KEYS_OF_WARP / 8)      // products of 8 keys, of a warp
+#define TILES (SHARE == 1 ? KEYS / 8 : CHUNKS * TILES_OF_CHUNK)
 #define GROUPS (WARPS / SHARE)                 // tiles of queries that a block has at once
 #define PADDED(width) (((width) + 15) / 16 * 16)
 #define STEPS (PADDED(WIDTH) / 16)             // products of 16 columns, of query and key
 #define COLUMNS (PADDED(VALUE) / 8)            // products of 8 columns, of weights and value
+// whether the solver begins in half precision, two scores at once: where an instruction makes such a pair, and they fit
+// registers beside what they round
+#define IN_HALVES (RECENT && (ALPHA == 15 || ALPHA == 20 || POWER) && TILES * 6 <= 200)
 // an odd number of 16 bytes: 8 rows meet in no bank
 #define STRIDE(width) (PADDED(width) + 8)
 #define BUFFER (CHUNK * (STRIDE(WIDTH) > STRIDE(VALUE) ? STRIDE(WIDTH) : STRIDE(VALUE)))
@@ -51,8 +54,11 @@
 #define MODERATE 512.0f
 // of sums, where all is masked
 #define LEAST 1e-30f
-// a step back by rounding alone
-#define LEAST_STEP -1.2e-7f
+// a step back by rounding alone: of steps in float32, and of what those in half precision leave
+#define ROUNDED_BACK -1.2e-7f
+#define HALVES_BACK -0.02f
+// of steps, that are always left for float32
+#define LAST_STEPS 2
 #define MINUS_INFINITY (-__int_as_float(0x7f800000))
 #define ALL_LANES 0xffffffffu
 #define UNROLLED _Pragma("unroll") for
@@ -69,7 +75,7 @@ struct Problem {
     int steps;                         // of the solver, at most
     int divided;                       // whether the rounded weights are made to sum to dense + sparse
     float gain;                        // from a score to an exponent of 2
-    float b, start, tolerance;         // alpha - 1; u at first; a step below it is the last
+    float b, start, tolerance, coarse; // alpha - 1; u at first; a step below it is the last, or last in half precision
     float dense, sparse, factor;       // weights are factor * (dense * softmax + sparse * entmax)
     Tensor query, key, value, out, mask, mixed, mass;
 };
@@ -95,6 +101,12 @@ struct Meeting {
                 x.row[h] = joined<SUMS>(x.row[h], __shfl_xor_sync(ALL_LANES, x.row[h], lanes));
                 if (BOTH) y.row[h] = joined<SUMS>(y.row[h], __shfl_xor_sync(ALL_LANES, y.row[h], lanes));
             }
+        of_warps<SUMS, BOTH>(x, y);
+    }
+
+    // the same of what all lanes of a row have already
+    template <bool SUMS, bool BOTH>
+    __device__ __forceinline__ void of_warps(Pair& x, Pair& y) {
         if (SHARE == 1) return;
         const int lane = threadIdx.x & 31, row = lane / 4, h = lane & 1;
         float* here = place + turn * SHARE * ROWS * 2;
@@ -146,20 +158,41 @@ __device__ __forceinline__ float base(float c, float offset, float b, bool mixed
 
 __device__ __forceinline__ float offset_of(float u, float b) { return ALPHA == 1 ? -b * u : 1.0f - b * u; }
 
-// how far u moves: (1 - total^-b) total / (b slope)
-__device__ __forceinline__ float newton_step(float total, float slope, float b) {
+#if IN_HALVES
+// Of two scores in half precision, r^p and r^(p - 1) are added to their sums.
+__device__ __forceinline__ void add_two(
+    unsigned c, unsigned factor, unsigned offset, unsigned& total, unsigned& slope
+) {
+    const unsigned r = two_saturated_products(c, factor, offset);
+#if ALPHA == 15
+    slope = two_sums(slope, r);
+    total = two_products(r, r, total);
+#elif ALPHA == 20
+    slope = two_sums(slope, two_above_zero(r));
+    total = two_sums(total, r);
+#else
+    unsigned power = r;
+    UNROLLED (int i = 1; i < POWER - 1; ++i) power = two_products(power, r, 0u);
+    slope = two_sums(slope, power);
+    total = two_products(power, r, total);
+#endif
+}
+#endif
+
+// how far u moves: (1 - total^-b) total / (b slope), not further back than `least`
+__device__ __forceinline__ float newton_step(float total, float slope, float b, float least) {
     slope = fmaxf(slope, LEAST);
 #if ALPHA == 15
     const float norm = sqrtf(total);
-    return fmaxf(2.0f * (norm - 1.0f) * norm / slope, LEAST_STEP);
+    return fmaxf(2.0f * (norm - 1.0f) * norm / slope, least);
 #elif ALPHA == 20
-    return fmaxf((total - 1.0f) / slope, LEAST_STEP);
+    return fmaxf((total - 1.0f) / slope, least);
 #elif ALPHA == 0
     total = fmaxf(total, LEAST);
-    return (1.0f - fast_exp2(-b * fast_log2(total))) * total / (b * slope);
+    return fmaxf((1.0f - fast_exp2(-b * fast_log2(total))) * total / (b * slope), least);
 #else
     total = fmaxf(total, LEAST);
-    return -expm1f(-b * logf(total)) * total / (b * slope);
+    return fmaxf(-expm1f(-b * logf(total)) * total / (b * slope), least);
 #endif
 }
 
@@ -171,7 +204,7 @@ __device__ __forceinline__ float entmax(float c, float offset, float b, bool mix
     return ALPHA == 15 ? r * r : r;
 #elif ALPHA == 0
     const float r = saturated_product(c, b * LN_2, offset);
-    return POWER ? 0.25f * whole_power<POWER>(r) : fast_exp2(fmaf(fast_log2(r), 1.0f / b, -2.0f));
+    return 0.25f * (POWER ? whole_power<POWER>(r) : fast_exp2(fast_log2(r) * (1.0f / b)));
 #else
     float power;
     const float r = base(c, offset, b, mixed, &power);
@@ -209,6 +242,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
     const half_t* query, const half_t* key, const half_t* value, half_t* out, const float* mask,
     const unsigned char* mixed, const float* mass, Problem s
 ) {
+    const float b = ALPHA == 15 ? 0.5f : ALPHA == 20 ? 1.0f : POWER ? 1.0f / POWER : s.b;
     half_t* buffers = (half_t*)shared_memory();
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, share = warp % SHARE, group = warp / SHARE;
     const int at_head = (int)(blockIdx.x / (unsigned)s.blocks), block = (int)(blockIdx.x % (unsigned)s.blocks);
@@ -231,14 +265,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
     // the n-th of the chunks: those of the keys, then those of the values
     auto copy = [&](int n) {
         half_t* buffer = buffers + n % 2 * BUFFER;
-        int b = batch;
-        LOOK_CHANGED(b);
+        int i = batch;
+        LOOK_CHANGED(i);
         if (n < CHUNKS)
             copy_chunk<WIDTH>(
-                buffer, key + b * s.key.batch + head_of_key * s.key.head, s.key.row, n * CHUNK, s.keys);
+                buffer, key + i * s.key.batch + head_of_key * s.key.head, s.key.row, n * CHUNK, s.keys);
         else
             copy_chunk<VALUE>(
-                buffer, value + b * s.value.batch + head_of_key * s.value.head, s.value.row, (n - CHUNKS) * CHUNK,
+                buffer, value + i * s.value.batch + head_of_key * s.value.head, s.value.row, (n - CHUNKS) * CHUNK,
                 s.keys);
         end_copy();
     };
@@ -286,12 +320,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
             // matrices of 8 keys and 8 columns: two for the first 8 keys, two for the next
             const half_t* from = buffers + n % 2 * BUFFER +
                 (share * KEYS_OF_WARP + lane / 16 * 8 + lane % 8) * STRIDE(WIDTH) + lane / 8 % 2 * 8;
-            UNROLLED (int i = 0; i < TILES_OF_CHUNK; i += 2)
+            const int first = n * TILES_OF_CHUNK;
+            UNROLLED (int i = first; i < min(first + TILES_OF_CHUNK, TILES); i += 2)
                 UNROLLED (int k = 0; k < STEPS; ++k) {
                     unsigned keys[4];
-                    load_matrices(keys, from + i * 8 * STRIDE(WIDTH) + 16 * k);
-                    multiply(c[n * TILES_OF_CHUNK + i], q[k], keys);
-                    multiply(c[n * TILES_OF_CHUNK + i + 1], q[k], keys + 2);
+                    load_matrices(keys, from + (i - first) * 8 * STRIDE(WIDTH) + 16 * k);
+                    multiply(c[i], q[k], keys);
+                    multiply(c[i + 1], q[k], keys + 2);
                 }
             if (CHUNKS > 1) replace(n);
         }
@@ -357,31 +392,62 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
 
         Pair u, step = {};
         u.row[0] = u.row[1] = s.start;
-        for (int left = s.steps; left > 0; --left) {
+        int left = s.steps;
+#if IN_HALVES
+        // The first steps need few digits. What half precision gets wrong of u, the last ones, in float32, make good.
+        unsigned pairs[TILES][2];
+        UNROLLED (int i = 0; i < TILES; ++i)
+            UNROLLED (int h = 0; h < 2; ++h) pairs[i][h] = two_halves(c[i][2 * h], c[i][2 * h + 1]);
+        const unsigned factor = two_halves(b * LN_2, b * LN_2);
+        // a product with it adds all that the lanes of a row have: of totals in even columns, of slopes in odd ones
+        const unsigned adds[2] = {lane & 4 ? 0u : TWO_HALF_ONES, lane & 4 ? TWO_HALF_ONES : 0u};
+        for (; left > LAST_STEPS; --left) {
+            unsigned parts[4] = {};  // of totals of both rows, then of slopes
+            UNROLLED (int h = 0; h < 2; ++h) {
+                u.row[h] += step.row[h];
+                const float offset = offset_of(u.row[h], b);
+                const unsigned offsets = two_halves(offset, offset);
+                UNROLLED (int i = 0; i < TILES; ++i) add_two(pairs[i][h], factor, offsets, parts[h], parts[2 + h]);
+            }
+            float sums[4] = {};
+            multiply_halves(sums, parts, adds);
+            Pair total = {sums[0], sums[2]}, slope = {sums[1], sums[3]};
+            meeting.of_warps<true, true>(total, slope);
+            UNROLLED (int h = 0; h < 2; ++h)
+                step.row[h] = newton_step(total.row[h], slope.row[h], b, ROUNDED_BACK);
+            if (!__any_sync(ALL_LANES, fmaxf(step.row[0], step.row[1]) > s.coarse)) {
+                --left;
+                break;
+            }
+        }
+#endif
+        for (; left > 0; --left) {
             Pair total = {}, slope = {}, offset;
             UNROLLED (int h = 0; h < 2; ++h) {
                 u.row[h] += step.row[h];
-                offset.row[h] = offset_of(u.row[h], s.b);
+                offset.row[h] = offset_of(u.row[h], b);
             }
             FOR_SCORES {
                 float slope_here;
-                const float r = base(c[i][e], offset.row[e / 2], s.b, IS_MIXED(i, e), &slope_here);
+                const float r = base(c[i][e], offset.row[e / 2], b, IS_MIXED(i, e), &slope_here);
                 total.row[e / 2] = ALPHA == 20 ? total.row[e / 2] + r : fmaf(r, slope_here, total.row[e / 2]);
                 slope.row[e / 2] += slope_here;
             }
             meeting.of_rows<true, true>(total, slope);
-            UNROLLED (int h = 0; h < 2; ++h) step.row[h] = newton_step(total.row[h], slope.row[h], s.b);
+            UNROLLED (int h = 0; h < 2; ++h)
+                step.row[h] = newton_step(total.row[h], slope.row[h], b, IN_HALVES ? HALVES_BACK : ROUNDED_BACK);
             // until no row of the tile moves
-            if (!__any_sync(ALL_LANES, fmaxf(step.row[0], step.row[1]) > s.tolerance)) break;
+            if (!__any_sync(ALL_LANES, fmaxf(fabsf(step.row[0]), fabsf(step.row[1])) > s.tolerance)) break;
         }
 
-        Pair offset, level, share_of_entmax;
+        // factors, to a quarter of the weight: of exponentials, of those of keys that are not mixed, and of entmax
+        Pair offset, of_dense, of_others, of_entmax;
         UNROLLED (int h = 0; h < 2; ++h) {
             const float sum = fmaxf(dense_sum.row[h], LEAST);
-            offset.row[h] = offset_of(u.row[h] + step.row[h], s.b);
-            // into the exponential of a quarter of the softmax weight
-            level.row[h] = rise.row[h] + fast_log2((SIGN ? 0.25f * fabsf(s.dense) : 0.25f) / sum);
-            share_of_entmax.row[h] = MIX ? s.sparse * part_sum.row[h] / sum : s.sparse;
+            offset.row[h] = offset_of(u.row[h] + step.row[h], b);
+            of_dense.row[h] = 0.25f * s.dense / sum;
+            of_others.row[h] = 0.25f * (s.dense + s.sparse) / sum;
+            of_entmax.row[h] = MIX ? s.sparse * part_sum.row[h] / sum : s.sparse;
         }
         float results[COLUMNS][4] = {}, weight_sums[4] = {};
         UNROLLED (int n = 0; n < CHUNKS; ++n) {
@@ -389,20 +455,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
             // matrices of 8 keys and 8 columns: the 16 keys of the first 8 columns, then of the next
             const half_t* from = buffers + (CHUNKS + n) % 2 * BUFFER +
                 (share * KEYS_OF_WARP + lane % 16) * STRIDE(VALUE) + lane / 16 * 8;
-            UNROLLED (int j = 0; j < TILES_OF_CHUNK; j += 2) {
+            const int first = n * TILES_OF_CHUNK;
+            UNROLLED (int j = first; j < min(first + TILES_OF_CHUNK, TILES); j += 2) {
                 unsigned weights[4];
                 UNROLLED (int half = 0; half < 2; ++half) {
                     float w[4];
                     UNROLLED (int e = 0; e < 4; ++e) {
-                        const int i = n * TILES_OF_CHUNK + j + half;
-                        const float sparse = entmax(c[i][e], offset.row[e / 2], s.b, IS_MIXED(i, e));
-                        const float up = IS_MIXED(i, e) ? level.row[e / 2] : level.row[e / 2] + apart;
-                        const float dense = fast_exp2(c[i][e] + up);
-                        if (SIGN) w[e] = SIGN < 0 ? sparse - dense : sparse + dense;
-                        else {
-                            const float of_dense = MIX && !IS_MIXED(i, e) ? s.dense + s.sparse : s.dense;
-                            w[e] = fmaf(sparse, share_of_entmax.row[e / 2], dense * of_dense);
-                        }
+                        const int i = j + half;
+                        const bool is_mixed = IS_MIXED(i, e);
+                        const float sparse = entmax(c[i][e], offset.row[e / 2], b, is_mixed);
+                        const float up = is_mixed ? rise.row[e / 2] : rise.row[e / 2] + apart;
+                        const float p = fast_exp2_again(MIX ? c[i][e] + up : c[i][e]);
+                        w[e] = fmaf(
+                            p, is_mixed ? of_dense.row[e / 2] : of_others.row[e / 2],
+                            UNIT ? sparse : sparse * of_entmax.row[e / 2]);
                     }
                     weights[2 * half] = rounded(w[0], w[1]);
                     weights[2 * half + 1] = rounded(w[2], w[3]);
@@ -411,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
                 multiply(weight_sums, weights, ones);
                 UNROLLED (int d = 0; d < COLUMNS; d += 2) {
                     unsigned values[4];
-                    load_matrices_transposed(values, from + j * 8 * STRIDE(VALUE) + 8 * d);
+                    load_matrices_transposed(values, from + (j - first) * 8 * STRIDE(VALUE) + 8 * d);
                     multiply(results[d], weights, values);
                     multiply(results[d + 1], weights, values + 2);
                 }

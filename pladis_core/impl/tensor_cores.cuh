@@ -14,6 +14,8 @@
 #define LARGEST 3.3895314e38f
 #endif
 
+#define TWO_HALF_ONES 0x3c003c00u  // of float16, whatever the type
+
 // whoever computed something from it computes it again
 #define LOOK_CHANGED(x) asm volatile("" : "+r"(x))
 
@@ -26,6 +28,12 @@ __device__ __forceinline__ void* shared_memory() {
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// the same; what is written otherwise is computed again, not kept in registers that others need
+__device__ __forceinline__ float fast_exp2_again(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;  // again" : "=f"(y) : "f"(x));
     return y;
 }
 __device__ __forceinline__ float fast_log2(float x) {
@@ -73,20 +81,57 @@ __device__ __forceinline__ unsigned saturated(float first, float second) {
 #endif
 }
 
-// sums += a b: 16 rows by 16, 16 by 8 columns, in mma's layout
-__device__ __forceinline__ void multiply(float* sums, const unsigned* a, const unsigned* b) {
+// Pairs of float16 numbers, whatever the type.
+__device__ __forceinline__ unsigned two_halves(float first, float second) {
+    unsigned both;
 #if RECENT
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(first), "f"(second));
 #else
+    asm("{.reg .b16 a, b; cvt.rn.f16.f32 a, %1; cvt.rn.f16.f32 b, %2; mov.b32 %0, {a, b};}"
+        : "=r"(both) : "f"(first), "f"(second));
+#endif
+    return both;
+}
+// a b + c, also not below 0 nor above 1; a + b; 1 where above 0, else 0
+__device__ __forceinline__ unsigned two_products(unsigned a, unsigned b, unsigned c) {
+    unsigned both;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(a), "r"(b), "r"(c));
+    return both;
+}
+__device__ __forceinline__ unsigned two_saturated_products(unsigned a, unsigned b, unsigned c) {
+    unsigned both;
+    asm("fma.rn.sat.f16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(a), "r"(b), "r"(c));
+    return both;
+}
+__device__ __forceinline__ unsigned two_sums(unsigned a, unsigned b) {
+    unsigned both;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+    return both;
+}
+__device__ __forceinline__ unsigned two_above_zero(unsigned a) {
+    unsigned both;
+    asm("set.gt.f16x2.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(0u));
+    return both;
+}
+
+// sums += a b: 16 rows by 16, 16 by 8 columns, in mma's layout; of the type, and of float16
+#if RECENT
+#define MULTIPLY(name) \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+        "{%0, %1, %2, %3};" \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+__device__ __forceinline__ void multiply(float* sums, const unsigned* a, const unsigned* b) { MULTIPLY(NAME); }
+__device__ __forceinline__ void multiply_halves(float* sums, const unsigned* a, const unsigned* b) { MULTIPLY("f16"); }
+#else
+__device__ __forceinline__ void multiply(float* sums, const unsigned* a, const unsigned* b) {
     for (int half = 0; half < 2; ++half)
         asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
             : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
-#endif
 }
+#define multiply_halves multiply
+#endif
 
 // Four matrices of 8 rows of 16 bytes in shared memory, the l-th lane having the address of row l % 8 of the l / 8-th:
 // of each, a lane gets the two numbers that mma wants of its second factor, given by columns; or, transposed, by rows.

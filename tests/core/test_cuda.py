@@ -33,6 +33,7 @@ extern "C" bool attention_on_cpu(int blocks, const half_t* query, const half_t* 
         if (!run_block(block, WARPS * 32)) return false;
     return true;
 }
+extern "C" long products_since(int in_halves) { return std::exchange(saturated_products[in_halves], 0); }
 """
 # (B, H, Hkv, Lq, Lk, D, Dv)
 SHAPES = {
@@ -284,6 +285,20 @@ def test_blocks_divide_the_tiles_of_a_head_in_any_way(shape, blocks, monkeypatch
     assert torch.equal(attend(*inputs), whole)
 
 
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_of_the_steps_in_half_precision_few_are_left_to_float32(alpha, kernels):
+    query, key, value = (torch.randn(1, 1, length, 64).half() for length in (64, 80, 80))
+    variant = cuda.variant_of(query.shape, value.shape, query.dtype, 0.125, alpha, -1.0, 2.0, False, False, 0)
+    loops = kernels(query.device, variant)._loops
+    assert_close(attend(query, key, value, alpha=alpha), definition(query, key, value, alpha=alpha))
+    counts = [loops.products_since(in_halves) for in_halves in (0, 1)]
+    # groups of warps past the last row compute that one
+    tiles = variant.groups
+    of_number, in_halves = (count / (tiles * 16 * 80) for count in counts)
+    # of each score one product is the weight's
+    assert of_number - 1 <= 1.5 and 1.5 <= 2 * in_halves <= 4.5
+
+
 def test_texts_of_about_a_length_share_a_kernel(kernels):
     query = torch.randn(1, 1, 5, 8).half()
     made = kernels.cache_info().misses
@@ -346,7 +361,7 @@ def test_every_problem_that_fits_has_tiles_that_fit():
         chosen = cuda.sizes(keys, width, width)
         variant = cuda.Variant(
             keys=-(-keys // 16) * 16, least_keys=1, width=width, value=width, **chosen, alpha=15, power=0, type=16,
-            sign=-1, mask=False, mix=False, mass=0, flip=False,
+            unit=True, mask=False, mix=False, mass=0, flip=False,
         )  # fmt: skip
         assert variant.chunk % (16 * variant.share) == 0 and variant.warps % variant.share == 0
         assert variant.shared_bytes <= 64 << 10
@@ -439,7 +454,7 @@ def test_a_tensor_on_another_device_is_refused_before_a_kernel_gets_its_address(
         pladis_attention(query, key, value, **{name: torch.ones(1, 16, dtype=torch.bool, device="meta")})
 
 
-@pytest.mark.parametrize("changes", ({}, {"sign": 1}, {"sign": 0}, {"flip": True}, {"mix": True, "sign": 0, "mass": 2}))
+@pytest.mark.parametrize("changes", ({}, {"unit": False}, {"flip": True}, {"mix": True, "unit": False, "mass": 2}))
 def test_a_right_kernel_passes_its_check(kernels, changes):
     variant = variant_of_sixteen_keys()._replace(**changes)
     cuda.check(kernels(torch.device("cpu"), variant), torch.device("cpu"), variant)

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -158,7 +159,9 @@ static int min(int x, int y) { return x < y ? x : y; }
 #ifdef TYPE
 // What impl/tensor_cores.cuh has.
 
+#define RECENT 1
 #define TWO_ONES (TYPE == 16 ? 0x3c003c00u : 0x3f803f80u)
+#define TWO_HALF_ONES 0x3c003c00u
 
 static float number(unsigned short x) { return TYPE == 16 ? half_bits_to_float(x) : __uint_as_float((unsigned)x << 16); }
 
@@ -172,8 +175,14 @@ static void* shared_memory() { return shared_bytes; }
 
 static float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? 0.0f : x; }
 static float fast_exp2(float x) { return flushed(exp2f(x)); }
+static float fast_exp2_again(float x) { return fast_exp2(x); }
 static float fast_log2(float x) { return log2f(flushed(x)); }
-static float saturated_product(float a, float b, float c) { return fminf(fmaxf(fmaf(a, b, c), 0.0f), 1.0f); }
+static long saturated_products[2];  // of threads: of a number, and of two halves
+static float saturated_sum(float a, float b, float c) { return fminf(fmaxf(fmaf(a, b, c), 0.0f), 1.0f); }
+static float saturated_product(float a, float b, float c) {
+    ++saturated_products[0];
+    return saturated_sum(a, b, c);
+}
 static float max_or_nan(float x, float y) { return x != x || x > y ? x : y; }
 static unsigned rounded(float first, float second) {
     return rounded_to_type(first) | (unsigned)rounded_to_type(second) << 16;
@@ -184,13 +193,33 @@ static float within_type(float x) {
 }
 static unsigned saturated(float first, float second) { return rounded(within_type(first), within_type(second)); }
 
+static float half_of(unsigned both, int which) { return half_bits_to_float(both >> 16 * which); }
+static unsigned two_halves(float first, float second) {
+    return float_to_half_bits(first) | (unsigned)float_to_half_bits(second) << 16;
+}
+// what a function makes of each of two halves, rounded once
+template <class F, class... Pairs>
+static unsigned of_two(F f, Pairs... pairs) {
+    return two_halves(f(half_of(pairs, 0)...), f(half_of(pairs, 1)...));
+}
+static unsigned two_products(unsigned a, unsigned b, unsigned c) { return of_two(fmaf, a, b, c); }
+static unsigned two_saturated_products(unsigned a, unsigned b, unsigned c) {
+    ++saturated_products[1];
+    return of_two(saturated_sum, a, b, c);
+}
+static unsigned two_sums(unsigned a, unsigned b) {
+    return of_two([](float x, float y) { return x + y; }, a, b);
+}
+static unsigned two_above_zero(unsigned a) {
+    return of_two([](float x) { return x > 0.0f ? 1.0f : 0.0f; }, a);
+}
+
 struct Factors {
     unsigned a[4], b[2];
 };
 
-static float half_of(unsigned both, int which) { return number(both >> 16 * which); }
-
-static void multiply(float* sums, const unsigned* a, const unsigned* b) {
+template <class Number>
+static void multiply_as(Number number, float* sums, const unsigned* a, const unsigned* b) {
     Factors mine;
     std::memcpy(mine.a, a, sizeof mine.a);
     std::memcpy(mine.b, b, sizeof mine.b);
@@ -201,11 +230,15 @@ static void multiply(float* sums, const unsigned* a, const unsigned* b) {
         float sum = 0.0f;
         for (int k = 0; k < 16; ++k) {
             const int pair = k % 8 / 2;
-            sum += half_of(of[row % 8 * 4 + pair].a[row / 8 + 2 * (k / 8)], k % 2) *
-                half_of(of[column * 4 + pair].b[k / 8], k % 2);
+            sum += number(of[row % 8 * 4 + pair].a[row / 8 + 2 * (k / 8)] >> 16 * (k % 2)) *
+                number(of[column * 4 + pair].b[k / 8] >> 16 * (k % 2));
         }
         sums[e] += sum;
     }
+}
+static void multiply(float* sums, const unsigned* a, const unsigned* b) { multiply_as(number, sums, a, b); }
+static void multiply_halves(float* sums, const unsigned* a, const unsigned* b) {
+    multiply_as(half_bits_to_float, sums, a, b);
 }
 
 static void load_matrices(unsigned* parts, const unsigned short* row) {

@@ -184,6 +184,10 @@ class Block:
             special(how, kind, operands)
             return
         target, *sources = operands
+        if how[-1] == "f16x2":
+            pairs = [halves(self._read(source, np.uint32), "f16") for source in sources]
+            self._write(target, self._of_halves(name, how, pairs))
+            return
         values = [self._read(source, kind) for source in sources]
         if kind is np.float32:
             result = self._of_floats(name, how, values)
@@ -219,6 +223,18 @@ class Block:
         if "sat" in how:
             result = np.where(np.isnan(result), np.float32(0), np.clip(result, 0, 1))
         return (flushed(result) if "ftz" in how else result).astype(np.float32)
+
+    def _of_halves(self, name: str, how: list[str], pairs: list[np.ndarray]) -> np.ndarray:
+        """Registers of two float16 numbers, of (threads, 2) numbers each."""
+        x, y, *added = (pair.astype(np.float64) for pair in pairs)
+        if name == "set":
+            result = COMPARE[how[0]](x, y).astype(np.float64)
+        else:
+            # exact, and rounded once
+            result = {"fma": lambda: x * y + added[0], "add": lambda: x + y}[name]()
+        if "sat" in how:
+            result = np.where(np.isnan(result), 0.0, np.clip(result, 0.0, 1.0))
+        return np.ascontiguousarray(result.astype(np.float16)).view(np.uint32).reshape(-1)
 
     def _of_integers(self, name: str, how: list[str], values: list[np.ndarray], kind) -> np.ndarray:
         if name in ARITHMETIC:

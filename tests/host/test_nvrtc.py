@@ -40,8 +40,6 @@ def test_a_compiler_that_does_not_know_the_gpu_says_so():
 
 
 RECORD = json.loads(nvrtc_cost.RECORD.read_text(encoding="utf-8"))
-# eight registers among thousands of instructions
-SPILLS = {"fused sm_120 300x72 fp16 1.5": 32}
 
 
 @pytest.mark.parametrize(
@@ -87,8 +85,8 @@ class Interpreted(cuda.Kernel):
         ptx.launch(*self._code, blocks, threads, tensors, bytes(problem), self.shared_bytes)
 
 
-# of a sign of the scale's and lambdas that make other kernels
-TURNED, BETWEEN, BEYOND = {"flip": True}, {"sign": 1}, {"sign": 0}
+# of a scale below 0 and of lambdas that make another kernel
+TURNED, BETWEEN = {"flip": True}, {"unit": False}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +94,7 @@ TURNED, BETWEEN, BEYOND = {"flip": True}, {"sign": 1}, {"sign": 0}
     [
         # the RTX 20 series, whose products are smaller and whose copies wait
         (75, 77, 64, 1.5, {}, {}), (75, 77, 40, 2.0, {"mask": True}, {}), (75, 512, 128, 1.5, {"mix": True}, {}),
-        (80, 77, 64, 1.5, {}, {}), (80, 77, 64, 2.0, {}, BETWEEN), (80, 77, 64, 1.25, {}, BEYOND),
+        (80, 77, 64, 1.5, {}, {}), (80, 77, 64, 2.0, {}, BETWEEN), (80, 77, 64, 1.25, {}, {}),
         (80, 77, 64, 1.002, {}, {}), (80, 77, 40, 1.5, {"mask": True, "mass": 1}, {}), (80, 77, 160, 1.5, {}, TURNED),
         (80, 1, 8, 1.5, {"mass": 2}, {}), (80, 154, 64, 1.5, {"mix": True, "mass": 2}, {}),
         (80, 300, 72, 1.5, {"mask": True, "mix": True}, {}), (80, 512, 128, 1.5, {}, {}),
@@ -137,8 +135,7 @@ def test_no_row_of_the_fused_kernel_is_worse_than_recorded(name):
     assert nvrtc_cost.worse(nvrtc_cost.measure(case), RECORD["rows"][str(case)]) is None
 
 
-def test_what_is_recorded_is_every_row_and_one_of_them_spills():
+def test_what_is_recorded_is_every_row_and_none_of_them_spills():
     fused = {str(case): case for case in nvrtc_cost.cases() if case.kernel == "fused"}
     assert set(RECORD["rows"]) == set(fused)
-    for name, row in RECORD["rows"].items():
-        assert row["stack_bytes"] <= SPILLS.get(name, 0), name
+    assert [name for name, row in RECORD["rows"].items() if row["stack_bytes"]] == []
