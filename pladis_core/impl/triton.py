@@ -138,7 +138,11 @@ def _resident(keys: int, width: int, ptx: int) -> tuple[Tile, int]:
     if ptx // 10 == 9:
         return _tile(64, block_k, keys, width, padded if padded <= 64 and keys <= 256 else 32, min(padded, 64), 2), 4
     # their products take operands from registers, and leave fewer
-    return _tile(64, block_k, keys, width, 16, min(padded, 32), keys <= 256), 4
+    tile = _tile(64, block_k, keys, width, 16, min(padded, 32), keys <= 256)
+    if tile.N * block_k + width > 352:
+        # too many for all scores and outputs of a row
+        tile = tile._replace(BLOCK_V=16, AHEAD=0, SLICED=True)
+    return tile, 4
 
 
 def _resident_float32(keys: int, width: int) -> tuple[Tile, int]:
@@ -156,6 +160,9 @@ def _resident_amd(keys: int, width: int, wave: int) -> tuple[Tile, int]:
     block_q = 64 if keys <= 160 else 32 if keys <= 256 else 16
     # operands of products lie in registers twice
     warps = 8 if wave == 32 and 112 < keys <= 256 else 4
+    if wave == 32 and keys > 384 and width > 96:
+        # more warps to load a tile, and each thread less of it
+        block_q, block_d, warps = 32, 16 if keys > 448 else 32, 8
     return _tile(block_q, _key_tile(keys), keys, width, block_d, block_v), warps
 
 

@@ -117,6 +117,7 @@ class Tile(NamedTuple):
     BLOCK_V: int  # columns of the value
     STAGES: int  # of the loop over tiles of BLOCK_D
     AHEAD: int  # tiles of the value that are loaded before the first is needed; 0: those of the key neither
+    SLICED: bool = False  # all weights are made before a loop over tiles of the value's columns: fewer registers
 
 
 class Threshold(NamedTuple):
@@ -516,10 +517,16 @@ def _row_factor(Mass, rows, peak, dense_sum, weight_sums, sizes, weights, HOW):
 def _store(Out, rows, out, factor, sizes, weights, HOW, BLOCK_V: tl.constexpr):
     """Writes factor * out, given in tiles (BLOCK_Q, BLOCK_V)."""
     for d in tl.static_range(0, HOW.DV, BLOCK_V):
-        dims = d + tl.arange(0, BLOCK_V)
-        at = Out.at + tl.multiple_of(rows * Out.row, HOW.ALIGNED)[:, None] + dims[None, :] * Out.column
-        x = _saturated(out[d // BLOCK_V] * factor[:, None], Out.at.dtype.element_ty, weights.largest, HOW.PTX)
-        tl.store(at, x, mask=(rows < sizes.queries)[:, None] & (dims < HOW.DV)[None, :])
+        _store_tile(Out, rows, d, out[d // BLOCK_V], factor, sizes, weights, HOW, BLOCK_V)
+
+
+@triton.jit
+def _store_tile(Out, rows, d, out, factor, sizes, weights, HOW, BLOCK_V: tl.constexpr):
+    """BLOCK_V columns from `d` on."""
+    dims = d + tl.arange(0, BLOCK_V)
+    at = Out.at + tl.multiple_of(rows * Out.row, HOW.ALIGNED)[:, None] + dims[None, :] * Out.column
+    x = _saturated(out * factor[:, None], Out.at.dtype.element_ty, weights.largest, HOW.PTX)
+    tl.store(at, x, mask=(rows < sizes.queries)[:, None] & (dims < HOW.DV)[None, :])
 
 
 # The resident form.
@@ -666,22 +673,37 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
         sparse_sum = _entmax_sum(c, Threshold(u, step, total, slope), b, part, HOW, TILE)
     found = Threshold(u, step, total, slope)
     shares = Shares(rise, dense_sum, _sparse_factor(weights.sparse, sparse_sum, part_sum, dense_sum, HOW))
-    out = ()  # DV / BLOCK_V x (BLOCK_Q, BLOCK_V)
-    for _ in tl.static_range(0, HOW.DV, TILE.BLOCK_V):
-        out = out + (tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_V), tl.float32),)
     weight_sums = tl.zeros((TILE.BLOCK_Q, 16), tl.float32)
-    for i in tl.static_range(0, TILE.N):
-        w = _mixed(_entmax(c[i], found, b, part[i], HOW), c[i], part[i], shares, weights, HOW)
-        w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
-        more = ()
-        for n in tl.static_range(0, NV):
-            if i * NV + n + TILE.AHEAD < TILE.N * NV:
-                values = values + (_value_tile(V, cols, i * NV + n + TILE.AHEAD, NV, sizes, HOW, TILE),)
-            more = more + (_dot(w, values[i * NV + n], out[n]),)
-        out = more
-
-    factor = _row_factor(Mass, rows, peak * (scale.gain * LN_2), dense_sum, weight_sums, sizes, weights, HOW)
-    _store(Out, rows, out, factor, sizes, weights, HOW, TILE.BLOCK_V)
+    if TILE.SLICED:
+        rounded = ()  # N x (BLOCK_Q, BLOCK_K)
+        for i in tl.static_range(0, TILE.N):
+            w = _mixed(_entmax(c[i], found, b, part[i], HOW), c[i], part[i], shares, weights, HOW)
+            w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
+            rounded = rounded + (w,)
+        factor = _row_factor(Mass, rows, peak * (scale.gain * LN_2), dense_sum, weight_sums, sizes, weights, HOW)
+        # a loop, as that over the columns of the key
+        for d in tl.range(0, HOW.DV, TILE.BLOCK_V, num_stages=TILE.STAGES):
+            dims = d + tl.arange(0, TILE.BLOCK_V)
+            product = tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_V), tl.float32)
+            for i in tl.static_range(0, TILE.N):
+                v = _values(V, cols + i * TILE.BLOCK_K, dims, sizes, i < TILE.N - 1, HOW)
+                product = _dot(rounded[i], v, product)
+            _store_tile(Out, rows, d, product, factor, sizes, weights, HOW, TILE.BLOCK_V)
+    else:
+        out = ()  # DV / BLOCK_V x (BLOCK_Q, BLOCK_V)
+        for _ in tl.static_range(0, HOW.DV, TILE.BLOCK_V):
+            out = out + (tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_V), tl.float32),)
+        for i in tl.static_range(0, TILE.N):
+            w = _mixed(_entmax(c[i], found, b, part[i], HOW), c[i], part[i], shares, weights, HOW)
+            w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
+            more = ()
+            for n in tl.static_range(0, NV):
+                if i * NV + n + TILE.AHEAD < TILE.N * NV:
+                    values = values + (_value_tile(V, cols, i * NV + n + TILE.AHEAD, NV, sizes, HOW, TILE),)
+                more = more + (_dot(w, values[i * NV + n], out[n]),)
+            out = more
+        factor = _row_factor(Mass, rows, peak * (scale.gain * LN_2), dense_sum, weight_sums, sizes, weights, HOW)
+        _store(Out, rows, out, factor, sizes, weights, HOW, TILE.BLOCK_V)
 
 
 # The streaming form.

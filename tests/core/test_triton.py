@@ -22,6 +22,7 @@ SHAPES = {
     "sd15 40": (2, 1, 1, 20, 77, 40, 40),
     "sdxl 64": (1, 1, 1, 20, 77, 64, 64),
     "pixart 72": (1, 1, 1, 12, 300, 72, 72),
+    "sliced 104": (1, 2, 1, 10, 300, 104, 72),
     "sd15 80": (1, 1, 1, 33, 154, 80, 80),
     "hunyuan 88": (1, 1, 1, 12, 333, 88, 88),
     "lumina 96": (1, 1, 1, 40, 63, 96, 96),
@@ -92,7 +93,8 @@ def test_every_shape(shape):
 @pytest.mark.parametrize(
     ("shape", "dtype", "alpha"),
     [("sd15 40", dtype, alpha) for dtype in (torch.float16, torch.bfloat16, torch.float32) for alpha in ALPHAS]
-    + [("streaming", torch.bfloat16, alpha) for alpha in (1.25, 1.5, 2.0)] + [("sd15 40", torch.float16, 1.004)],
+    + [("streaming", torch.bfloat16, alpha) for alpha in (1.25, 1.5, 2.0)] + [("sd15 40", torch.float16, 1.004)]
+    + [("pixart 72", torch.bfloat16, 1.5), ("sliced 104", torch.float16, 2.0), ("sliced 104", torch.bfloat16, 1.25)],
 )
 def test_every_alpha_and_dtype_with_a_mask(shape, alpha, dtype):
     query, key, value = tensors(shape, dtype)
@@ -277,6 +279,12 @@ def test_tiles_cover_the_keys_and_little_more(keys):
         if tile.N:
             assert keys <= tile.BLOCK_K * tile.N <= max(16, 1.25 * keys + 15)
         assert tile.BLOCK_K >= 16 and tile.BLOCK_K & (tile.BLOCK_K - 1) == 0
+
+
+def test_scores_and_outputs_that_do_not_fit_registers_together_are_sliced():
+    for keys, width, ptx, sliced in ((300, 72, 89, True), (300, 72, 90, False), (77, 160, 89, False)):
+        tile, _ = triton_backend.configuration(4096, keys, width, torch.bfloat16, ptx=ptx)
+        assert tile.SLICED is sliced
 
 
 @pytest.mark.parametrize(
@@ -466,7 +474,7 @@ def test_few_passes_solve_long_rows(monkeypatch, keys, std, kind, dtype, alpha, 
     [
         ("odd", torch.float32, 1.5, True), ("odd", torch.float32, 1.25, False), ("sdxl 64", torch.bfloat16, 2.0, False),
         ("sd15 80", torch.float32, 2.0, False), ("mixed 231", torch.float16, 1.5, True),
-        ("mixed 600", torch.float32, 1.5, True),
+        ("mixed 600", torch.float32, 1.5, True), ("sliced 104", torch.bfloat16, 1.5, True),
     ],
 )  # fmt: skip
 def test_entmax_takes_part_in_the_keys_of_a_mix_mask_alone(shape, dtype, alpha, masked, dense):
