@@ -46,7 +46,7 @@ SHAPES = {
 # on which every alpha, and the formula on the `entmax` package, are measured too
 WHOLE = ("SDXL 64x64", "Flux text")
 SMALL = {"small": (2, 2, 40, 77, 16), "small 154": (1, 2, 24, 154, 16)}
-# keys, width, dtype, alpha, mask
+# keys, width, dtype, alpha, mask or what else is of a kind
 CASES = [
     (keys, width, dtype, alpha, "")
     for keys, width in (
@@ -64,6 +64,13 @@ CASES += [
 ]
 CASES += [(512, 128, "bfloat16", alpha, mask) for alpha in (1.25, 1.5) for mask in ("boolean", "additive")]
 CASES += [(300, 64, "float32", 1.5, ""), (256, 128, "float32", 2.0, "additive")]
+# rows of nearly equal scores, as padding makes them
+CASES += [
+    (keys, 64, dtype, alpha, "equal")
+    for keys in (77, 320, 512, 1024)
+    for dtype in ("bfloat16", "float16")
+    for alpha in (1.5, 1.75, 2.0)
+]
 # how much further than a rounding of the output an error may be
 ROUNDINGS = 6.0
 # cold inputs together, and the most that one input set may take to be rotated
@@ -186,10 +193,10 @@ def checked(device: torch.device, case: tuple) -> list[dict]:
     keys, width, name, alpha, kind = case
     dtype = getattr(torch, name)
     torch.manual_seed(0)
-    query = heads(2, 4, 147, width, dtype, device) * 1.5
+    query = heads(2, 4, 147, width, dtype, device) * (0.1 if kind == "equal" else 1.5)
     key, value = heads(2, 2, keys, width, dtype, device), heads(2, 2, keys, width, dtype, device) + 1
     mask = None
-    if kind:
+    if kind in ("boolean", "additive"):
         mask = torch.rand(2, 1, 147, keys, device=device) < 0.7
         mask[:, :, 5] = False
     if kind == "additive":

@@ -243,12 +243,13 @@ def gaussian_scores(keys: int, sigma: float) -> torch.Tensor:
 
 
 def resident_steps(
-    scores: torch.Tensor, alpha: float, block_q: int, tolerance: float, most: int, u: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scores: torch.Tensor, alpha: float, block_q: int, tolerance: float, most: int, u: torch.Tensor | None = None,
+    of_sum: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(tiles,) of scores (rows, keys): steps that the resident form takes, as `impl/triton_kernel.py` has it; and
     (rows, 1), where they lead.
 
-    u: (rows, 1), from where.
+    u: (rows, 1), from where. of_sum: the tolerance is of the sum's distance from 1, as in fused.cu.
     """
     b = alpha - 1.0
     scores = scores - scores.amax(1, keepdim=True)
@@ -260,7 +261,8 @@ def resident_steps(
         total, slope = _sums(scores, u, b)
         step = -torch.expm1(-b * total.log()) * total / (b * slope)
         u = u + (step.clamp(min=0.0).view(tiles, block_q, 1) * goes_on).view_as(u)
-        ends = goes_on & (step.view(tiles, block_q, 1).amax(1, keepdim=True) <= tolerance)
+        far = (total - 1.0).abs() if of_sum else step
+        ends = goes_on & (far.view(tiles, block_q, 1).amax(1, keepdim=True) <= tolerance)
         taken[ends.view(tiles)] = done
         goes_on &= ~ends
         if not goes_on.any():
@@ -287,27 +289,27 @@ def streaming_steps(
         fall = slope / (total * root)
     farthest = -math.expm1(-b * math.log(scores.shape[1])) / b
     u = u.clamp(max=farthest)
-    norm, pace, before = u + 1e30, u * 0.0, u + 1e30
+    norm, pace, step = u + 1e30, u * 0.0, u * 0.0
     left = torch.ones(len(scores) // block_q, dtype=torch.bool)
     taken = torch.zeros(len(left), dtype=torch.long)
     for done in range(most):
         total, slope = _sums(scores - peak, u, b)
         norm_before, pace_before, norm = norm, pace, total**b
         pace = total / (norm * b * slope)
-        step = (norm - 1.0) * pace
+        last, over = step, norm - 1.0
+        step = over * pace
         bent = not exact and alpha != 2.0
         if bent:
             apart = norm - norm_before
             apart = torch.where(apart.abs() > 1e-6, apart, 1e30)
-            bend = 0.5 * (norm - 1.0) ** 2 * (pace_before - pace) / apart
+            bend = 0.5 * over**2 * (pace_before - pace) / apart
+            between = torch.where(over.abs() > tolerance, 0.5 * (step - last * over / apart), step)
             step = step + bend.maximum(-0.5 * step.abs()).minimum(step.abs())
+            step = torch.where(over * last < 0.0, between, step)
         elif done:
             step = step.clamp(min=-1.2e-7)
         step = step.maximum(-u).minimum(farthest - u)
-        far = step.maximum(-3.0 * step)
-        if bent:
-            far = far.minimum(step * step * before * (tolerance / 2e-5))
-            before = step.abs()
+        far = over.abs() if bent else step.maximum(-3.0 * step)
         u = u + step
         taken += left
         left &= (far > tolerance).view(-1, block_q).any(1)

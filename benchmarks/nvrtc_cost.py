@@ -121,10 +121,10 @@ def fused(case: Case, capability: tuple[int, int], dtype: torch.dtype) -> tuple[
 def fused_steps(case: Case, dtype: torch.dtype, has_halves: bool) -> tuple[float, float]:
     """Mean steps in half precision, whose rounding is left out here, and in float32, for a tile of Gaussian scores."""
     scores, most, u = gaussian_scores(case.keys, 1.0), cuda.solver_steps(case.keys, case.alpha, dtype), None
-    in_halves = torch.zeros(1)
+    last, in_halves = cuda.tolerance(case.alpha, dtype), torch.zeros(1)
     if has_halves:
-        in_halves, u = resident_steps(scores, case.alpha, cuda.ROWS, cuda.coarse_tolerance(case.alpha), most)
-    steps, _ = resident_steps(scores, case.alpha, cuda.ROWS, cuda.tolerance(case.alpha, dtype), most, u)
+        in_halves, u = resident_steps(scores, case.alpha, cuda.ROWS, last**0.5, most, of_sum=True)
+    steps, _ = resident_steps(scores, case.alpha, cuda.ROWS, last, most, u, of_sum=True)
     return float(in_halves.float().mean()), float(steps.float().mean())
 
 

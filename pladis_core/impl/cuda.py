@@ -267,7 +267,7 @@ def laid_out(
     if alpha == 1.0 or sparse == 0.0:
         # softmax alone: no steps from where every entmax weight is 0
         alpha, dense, sparse, steps, start = 1.5, dense + sparse, 0.0, 0, 2.0
-    weights, whole = Mix.of(dense, sparse), dense + sparse
+    weights, whole, last = Mix.of(dense, sparse), dense + sparse, tolerance(alpha, dtype)
     kernel = kernel_of(device, variant)
     nothing = 0, 0, 0, 0
     tiles = -(-queries // ROWS)
@@ -279,7 +279,7 @@ def laid_out(
         heads=heads, groups=heads // kv_heads, queries=queries, keys=keys, blocks=blocks, steps=steps,
         divided=abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole),
         gain=max(abs(scale) * LOG2_E, 1e-30), b=alpha - 1.0, start=start,
-        tolerance=tolerance(alpha, dtype), coarse=coarse_tolerance(alpha),
+        tolerance=last, coarse=last**0.5,
         dense=weights.dense, sparse=weights.sparse, factor=weights.factor,
         query=of_tensors[0], key=of_tensors[1], value=of_tensors[2], out=of_tensors[3], mask=of_mask or nothing,
         mixed=nothing if of_mix is None else (of_mix[0], 0, 0, of_mix[1]),
@@ -334,15 +334,13 @@ def solver_steps(keys: int, alpha: float, dtype: torch.dtype) -> int:
 
 
 def tolerance(alpha: float, dtype: torch.dtype) -> float:
-    """A step below it is the last: Newton's squares what is left, which then weights of `dtype` do not show. Those of
-    sparsemax do not, up to the last one, which is exact.
+    """How far from 1 the sum of r^p may be before the last step.
+
+    Newton's method about squares that, however close scores are to each other, to less than weights of `dtype` show;
+    not so for sparsemax, whose last step is exact. The square root is where half precision stops: mostly, one step in
+    float32 is left.
     """
-    return (1e-2 if dtype == torch.float16 else 2e-2) * 0.03 ** (2.0 * max(alpha - 1.5, 0.0))
-
-
-def coarse_tolerance(alpha: float) -> float:
-    """A step below it is the last in half precision: what it leaves, one or two in float32 take."""
-    return 0.2 * 0.15 ** max(2.0 * alpha - 3.0, 0.0)
+    return torch.finfo(dtype).eps ** 0.5 * 0.1 ** max(2.0 * alpha - 3.0, 0.0)
 
 
 class Kernel:

@@ -75,7 +75,8 @@ struct Problem {
     int steps;                         // of the solver, at most
     int divided;                       // whether the rounded weights are made to sum to dense + sparse
     float gain;                        // from a score to an exponent of 2
-    float b, start, tolerance, coarse; // alpha - 1; u at first; a step below it is the last, or last in half precision
+    float b, start;                    // alpha - 1; u at first
+    float tolerance, coarse;           // how far from 1 sum r^p may be before the last step, or last in half precision
     float dense, sparse, factor;       // weights are factor * (dense * softmax + sparse * entmax)
     Tensor query, key, value, out, mask, mixed, mass;
 };
@@ -178,6 +179,12 @@ __device__ __forceinline__ void add_two(
 #endif
 }
 #endif
+
+// how far from 1 the sum of a row is; nothing where all is masked, with a slope of 0
+__device__ __forceinline__ float farthest(Pair total, Pair slope) {
+    return fmaxf(
+        fminf(fabsf(total.row[0] - 1.0f), slope.row[0]), fminf(fabsf(total.row[1] - 1.0f), slope.row[1]));
+}
 
 // how far u moves: (1 - total^-b) total / (b slope), not further back than `least`
 __device__ __forceinline__ float newton_step(float total, float slope, float b, float least) {
@@ -415,7 +422,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
             meeting.of_warps<true, true>(total, slope);
             UNROLLED (int h = 0; h < 2; ++h)
                 step.row[h] = newton_step(total.row[h], slope.row[h], b, ROUNDED_BACK);
-            if (!__any_sync(ALL_LANES, fmaxf(step.row[0], step.row[1]) > s.coarse)) {
+            if (!__any_sync(ALL_LANES, farthest(total, slope) > s.coarse)) {
                 --left;
                 break;
             }
@@ -436,8 +443,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) pladis_attentio
             meeting.of_rows<true, true>(total, slope);
             UNROLLED (int h = 0; h < 2; ++h)
                 step.row[h] = newton_step(total.row[h], slope.row[h], b, IN_HALVES ? HALVES_BACK : ROUNDED_BACK);
-            // until no row of the tile moves
-            if (!__any_sync(ALL_LANES, fmaxf(fabsf(step.row[0]), fabsf(step.row[1])) > s.tolerance)) break;
+            if (!__any_sync(ALL_LANES, farthest(total, slope) > s.tolerance)) break;
         }
 
         // factors, to a quarter of the weight: of exponentials, of those of keys that are not mixed, and of entmax

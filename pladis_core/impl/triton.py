@@ -47,6 +47,8 @@ MAX_TILE = 512
 ALIGNED = 16
 # tiles of the value
 ALL = 1000
+# more of them, at most
+STREAMING_STEPS = 5
 # of Newton's, which tiles of random scores need at least; equal scores take them too, and stay where they are
 LEAST_STEPS = 2
 # since 3.3 a compiled kernel is called with all arguments
@@ -180,8 +182,14 @@ def _tile(block_q: int, block_k: int, keys: int, width: int, block_d: int, block
     return Tile(block_q, block_k, number, block_d, block_v, 2, min(int(ahead), number * triton.cdiv(width, block_v)))
 
 
-def tolerance(alpha: float, keys: int, dtype: torch.dtype) -> float:
-    """A step below it leaves less than weights of `dtype` show: they err by its min(p, 2)th power."""
+def tolerance(alpha: float, keys: int, dtype: torch.dtype, bent: bool = False) -> float:
+    """A step below it leaves less than weights of `dtype` show: they err by its min(p, 2)th power.
+
+    bent: how far from 1 the p-norm may be before the last of the streaming form's bent steps, which about squares that,
+    however close the scores are to each other.
+    """
+    if bent:
+        return 0.5 * torch.finfo(dtype).eps ** 0.5
     if dtype == torch.float32:
         return max(3e-7, (8e-7 / keys) ** max(alpha - 1.0, 0.5))
     return max(1e-4, 1e-5 ** max(alpha - 1.0, 0.5))
@@ -211,7 +219,7 @@ def plan(
     """
     resident = is_resident(keys, dtype, wave)
     # the streaming form's first step may lead back, from right of the root
-    steps, start = newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK + (not resident), 0.0
+    steps, start = newton_steps(keys, alpha, dtype) + STEPS_FROM_THE_PEAK + (0 if resident else STREAMING_STEPS), 0.0
     if alpha == 1.0 or sparse == 0.0:
         # softmax alone: no steps from where every entmax weight is 0
         alpha, dense, sparse, mix, steps, start = 1.5, dense + sparse, 0.0, False, 0, 2.0
@@ -224,12 +232,13 @@ def plan(
     limit = min(LARGEST_SCORE, LARGEST_EXPONENT / gain) if lean else LARGEST_SCORE
     mask_min = 0.0 if mask in (None, torch.bool) else torch.finfo(mask).min
     common = alpha in (1.5, 2.0)
+    power = 0 if common else 2 if b < small_b(dtype) else whole_power(alpha) or (0 if lean else 1)
     tile, warps = configuration(queries, keys, max(width, value_width), dtype, ptx, wave)
     how = How(
         D=width,
         DV=value_width,
         ALPHA=alpha if common else 0,
-        POWER=0 if common else 2 if b < small_b(dtype) else whole_power(alpha) or (0 if lean else 1),
+        POWER=power,
         EXACT=not lean,
         FOLD=folded,
         MASK=0 if mask is None else 1 if mask == torch.bool else 2,
@@ -253,7 +262,7 @@ def plan(
             start=start,
             most=-math.expm1(-b * math.log(keys)) / b,
             b=b,
-            tolerance=tolerance(alpha, keys, dtype),
+            tolerance=tolerance(alpha, keys, dtype, bent=lean and not resident and alpha != 2.0 and power != 2),
         ),
         Weights(weights.dense, weights.sparse, weights.factor, torch.finfo(dtype).max),
         tile,

@@ -10,7 +10,8 @@ at which sum r^p = 1. As u >= 0, r never exceeds 1: saturation, which GPUs give 
 keeps it in range. The resident form starts left of the root, at u = 0, where the first step is exact for equal scores,
 and for alpha 2 counts the keys within p of the maximum. A step of the streaming form costs a pass over the keys: it
 starts near the root, at a guess that its first pass makes from tile to tile, and 16-bit weights below alpha 2 take the
-bend between two passes into the step, which leaves an error of third order. That is two passes at alpha 1.5.
+bend between two passes into the step, which leaves an error of third order. That is two passes at alpha 1.5; more where
+scores are nearly equal, of which the guess leads far past the root.
 
 What a score costs decides: tensor cores wait for the instructions that centre, saturate and sum. So c is kept as an
 exponent of 2, without a mask the softmax scale is a factor of the constants that multiply a score anyway, and nothing
@@ -72,7 +73,7 @@ class Solver(NamedTuple):
     start: Any  # u, at least
     most: Any  # u of equal scores, beyond which no root lies
     b: Any  # alpha - 1
-    tolerance: Any  # a step below it is the last
+    tolerance: Any  # a step below it is the last; in the streaming form's bent ones, what the p-norm is beside 1
 
 
 class Weights(NamedTuple):
@@ -763,13 +764,20 @@ def _norm(total, slope, b, HOW):
 
 
 @triton.jit
-def _bent_step(norm, pace, norm_before, pace_before):
-    """Newton's step on the p-norm, and what the bend between this pass and the one before adds to it."""
-    step = (norm - 1.0) * pace
+def _bent_step(norm, pace, norm_before, pace_before, last, solver):
+    """Newton's step on the p-norm, and what the bend between this pass and the one before, `last` away, adds to it.
+
+    Of passes on both sides of the root the bend says nothing where they are far apart. There Newton's step stays short
+    of the root, as the norm is convex, and the chord's goes beyond it: half way between them, up to the last step.
+    """
+    over = norm - 1.0
+    step = over * pace
     apart = norm - norm_before
     apart = tl.where(tl.abs(apart) > 1e-6, apart, 1e30)
-    bend = 0.5 * (norm - 1.0) * (norm - 1.0) * (pace_before - pace) / apart
-    return step + tl.minimum(tl.maximum(bend, -0.5 * tl.abs(step)), tl.abs(step))
+    bend = 0.5 * over * over * (pace_before - pace) / apart
+    bent = step + tl.minimum(tl.maximum(bend, -0.5 * tl.abs(step)), tl.abs(step))
+    between = tl.where(tl.abs(over) > solver.tolerance, 0.5 * (step - last * over / apart), step)
+    return tl.where(over * last < 0.0, between, bent)
 
 
 @triton.jit
@@ -814,7 +822,7 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
     BENT: tl.constexpr = (not HOW.EXACT and HOW.ALPHA != 2) and HOW.POWER != 2
     u = tl.maximum(tl.minimum(u, solver.most), solver.start)
     step, total, slope = u * 0.0, u, u
-    norm, pace, before, back = step + 1e30, step, step + 1e30, solver.most
+    norm, pace, back = step + 1e30, step, solver.most
     left = solver.steps
     while left > 0:
         u += step
@@ -829,15 +837,14 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
         if BENT:
             norm_before, pace_before = norm, pace
             norm, pace = _norm(total, slope, b, HOW)
-            step = _bent_step(norm, pace, norm_before, pace_before)
+            step = _bent_step(norm, pace, norm_before, pace_before, step, solver)
         else:
             step = _newton_step(total, slope, back, b, HOW)
         step = tl.minimum(tl.maximum(step, -u), solver.most - u)
         far = tl.maximum(step, -3.0 * step)
         if BENT:
-            # what is left after a bent step is of third order
-            far = tl.minimum(far, step * step * before * (solver.tolerance / 2e-5))
-            before = tl.abs(step)
+            # a step leaves about the square of it; of a row that is masked throughout the slope is 0
+            far = tl.minimum(tl.abs(norm - 1.0), slope)
         left = _steps_left(far, left, solver)
         back = tl.minimum(back, ROUNDING)
 

@@ -391,6 +391,18 @@ def test_without_triton_nothing_is_said(monkeypatch, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 1.75, 2.0))
+@pytest.mark.parametrize(("keys", "spread"), [(77, 0.03), (320, 0.1), (512, 0.03), (512, 0.1), (512, 0.3), (1024, 0.1)])
+def test_scores_that_are_nearly_equal(keys, spread, alpha):
+    """As of padding: the root lies where most keys are about to drop out, and the sum of all counts what is off."""
+    query, key, value = (torch.randn(1, 1, rows, 32, device=DEVICE) for rows in (16, keys, keys))
+    inputs = [t.half() for t in (query * spread, key, value)]
+    expected = definition(*inputs, alpha=alpha)
+    error = pladis_attention(*inputs, alpha=alpha, backend="triton").double() - expected
+    # weights are rounded, too
+    assert error.square().mean() <= 1.8**2 * (expected.half().double() - expected).square().mean()
+
+
 def mixed_in_part(query, key, value, part, mask, alpha, dense, sparse):
     """float64: of the keys `part` (B, Lk), dense * p + sparse * m * entmax over them alone, with m the sum of their p;
     of the others (dense + sparse) * p.
