@@ -14,8 +14,6 @@
 #define LARGEST 3.3895314e38f
 #endif
 
-#define TWO_HALF_ONES 0x3c003c00u  // of float16, whatever the type
-
 // whoever computed something from it computes it again
 #define LOOK_CHANGED(x) asm volatile("" : "+r"(x))
 
@@ -81,15 +79,12 @@ __device__ __forceinline__ unsigned saturated(float first, float second) {
 #endif
 }
 
+#if RECENT
 // Pairs of float16 numbers, whatever the type.
+#define TWO_HALF_ONES 0x3c003c00u
 __device__ __forceinline__ unsigned two_halves(float first, float second) {
     unsigned both;
-#if RECENT
     asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(first), "f"(second));
-#else
-    asm("{.reg .b16 a, b; cvt.rn.f16.f32 a, %1; cvt.rn.f16.f32 b, %2; mov.b32 %0, {a, b};}"
-        : "=r"(both) : "f"(first), "f"(second));
-#endif
     return both;
 }
 // a b + c, also not below 0 nor above 1; a + b; 1 where above 0, else 0
@@ -113,6 +108,7 @@ __device__ __forceinline__ unsigned two_above_zero(unsigned a) {
     asm("set.gt.f16x2.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(0u));
     return both;
 }
+#endif
 
 // sums += a b: 16 rows by 16, 16 by 8 columns, in mma's layout; of the type, and of float16
 #if RECENT
@@ -130,7 +126,6 @@ __device__ __forceinline__ void multiply(float* sums, const unsigned* a, const u
             : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
             : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
 }
-#define multiply_halves multiply
 #endif
 
 // Four matrices of 8 rows of 16 bytes in shared memory, the l-th lane having the address of row l % 8 of the l / 8-th:

@@ -47,10 +47,10 @@ MAX_TILE = 512
 ALIGNED = 16
 # tiles of the value
 ALL = 1000
-# more of them, at most
-STREAMING_STEPS = 5
 # of Newton's, which tiles of random scores need at least; equal scores take them too, and stay where they are
 LEAST_STEPS = 2
+# of the streaming form, at most, more than `newton_steps` says
+STREAMING_STEPS = 5
 # since 3.3 a compiled kernel is called with all arguments
 LAUNCHES_COMPILED = not INTERPRETED.value and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 # of programs, in the second and third dimension
