@@ -1,6 +1,6 @@
 """A day on a GPU: is the kernel right there, and what does it cost? From the repository's root, in this order:
 
-    python -m benchmarks.gpu correct calls operator joint --json gpu.json
+    python -m benchmarks.gpu correct calls operator tiles joint --json gpu.json
     COMFYUI_PATH=... python benchmarks/step.py --layout sdxl --steps 12 --alpha 1.5 2 --json sdxl.json
 
 Each stage takes minutes. Times are of CUDA graphs, so that no Python stands between kernels: `hot`, the same inputs
@@ -86,7 +86,7 @@ def main() -> None:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stages", nargs="+", choices=STAGES, metavar="stage", help=", ".join(STAGES))
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="of `operator` (default: all)")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="of `operator` and `tiles` (default: all)")
     parser.add_argument("--repeats", type=int, default=15, help="turns (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
@@ -339,6 +339,62 @@ def operator(device: torch.device, args) -> Iterator[dict]:
             del made, sets
 
 
+# tiles: is the table of impl/triton.py right for this GPU?
+
+
+def tile_candidates(queries: int, keys: int, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, tuple]:
+    """The table's sizes of tiles and warps, and others around them."""
+    from pladis_core.impl import triton as backend
+
+    tile, warps = backend.configuration(queries, keys, width, dtype, *backend._target(device))
+    found = {"table": (tile, warps)}
+    for block_q, count in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8)):
+        for block_k in (32, 64, 128) if tile.N == 0 else (tile.BLOCK_K,):
+            other = tile._replace(BLOCK_Q=block_q, BLOCK_K=block_k), count
+            if other != found["table"]:
+                found[f"{block_q} queries, {block_k} keys, {count} warps"] = other
+    return found
+
+
+@contextlib.contextmanager
+def tiled(tile, warps: int) -> Iterator[None]:
+    from pladis_core.impl import triton as backend
+
+    caches, table = (backend.plan, backend.laid_out), backend.configuration
+    try:
+        backend.configuration = lambda *problem, **gpu: (tile, warps)  # type: ignore[assignment]
+        for cache in caches:
+            cache.cache_clear()
+        yield
+    finally:
+        backend.configuration = table
+        for cache in caches:
+            cache.cache_clear()
+
+
+def tiles(device: torch.device, args) -> Iterator[dict]:
+    """Triton's kernel with other tiles than the table's, which is the baseline; hot. An error: what does not fit."""
+    shapes = SMALL if args.small else {name: SHAPES[name] for name in args.shapes or SHAPES}
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    for shape, (batch, count, queries, keys, width) in shapes.items():
+        inputs = tuple(heads(batch, count, length, width, dtype, device) for length in (queries, keys, keys))
+        calls = 2 if args.small else 3 if batch * count * queries * width > 2e8 else 20
+        times: dict[str, list[float]] = {}
+        runs = {}
+        work = partial(pladis_attention, alpha=1.5, backend=backends(device)[0])
+        for name, candidate in tile_candidates(queries, keys, width, dtype, device).items():
+            try:
+                with tiled(*candidate):
+                    runs[name] = recorded(work, [inputs] * calls, device)
+            except Exception as error:  # of the compiler or the driver
+                yield {"shape": shape, "what": name, "error": str(error)[:120]}
+        for _ in range(max(args.repeats, 2)):
+            for name, run in runs.items():
+                times.setdefault(name, []).append(microseconds(run, device) / calls)
+        for row in against(times, "table"):
+            yield {"shape": shape} | row
+
+
 # joint: what a Flux layer costs, and that it is right
 
 
@@ -446,7 +502,7 @@ def first_call(backend: str, keys: int, width: int, alpha: float) -> float:
 
 
 STAGES: dict[str, Callable[[torch.device, argparse.Namespace], Iterable[dict]]] = {
-    "correct": correct, "calls": calls, "operator": operator, "joint": joint,
+    "correct": correct, "calls": calls, "operator": operator, "tiles": tiles, "joint": joint,
 }  # fmt: skip
 
 

@@ -132,6 +132,23 @@ def compiled(case: Case):
     """The kernel that `pladis_core` would launch, compiled anew, its plan and the processor's seconds."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    gpu = GPUS[case.target]
+    source, plan = read(case)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        # of this process and of the assembler that it starts
+        before = os.times()
+        result = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=dict(plan.options))
+        after = os.times()
+    seconds = sum(
+        getattr(after, f) - getattr(before, f) for f in ("user", "system", "children_user", "children_system")
+    )
+    return result, plan, seconds
+
+
+def read(case: Case):
+    """What Triton compiles for it, and the plan."""
     from triton.compiler import ASTSource
 
     from pladis_core.impl import triton as backend
@@ -156,17 +173,7 @@ def compiled(case: Case):
     types |= {"sizes": backend.Sizes("i32", "i32", "1"), "scale": backend.Scale(*["fp32"] * 4)}
     types |= {"solver": backend.Solver("i32", "i32", *["fp32"] * 4), "weights": backend.Weights(*["fp32"] * 4)}
     types |= zip(("HOW", "TILE"), plan.constants, strict=True)
-    source = ASTSource(plan.kernel, *specialised(types))
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        # of this process and of the assembler that it starts
-        before = os.times()
-        result = triton.compile(source, target=GPUTarget(gpu.backend, gpu.arch, gpu.warp), options=dict(plan.options))
-        after = os.times()
-    seconds = sum(
-        getattr(after, f) - getattr(before, f) for f in ("user", "system", "children_user", "children_system")
-    )
-    return result, plan, seconds
+    return ASTSource(plan.kernel, *specialised(types)), plan
 
 
 def specialised(types: Mapping[str, tuple]) -> tuple[dict, dict, dict]:
@@ -195,7 +202,7 @@ def measure(case: Case, sigma: float = 1.0) -> Row:
     resident = tile.N > 0
     steps = solver_steps(
         case.keys, case.alpha, tile.BLOCK_Q, plan.solver.tolerance, plan.solver.steps, sigma,
-        0 if resident else tile.BLOCK_K, case.dtype == "fp32",
+        0 if resident else tile.BLOCK_K, "norm" if plan.constants[0].NORM.value else "step",
     )  # fmt: skip
     if gpu.backend == "cuda":
         code, registers, spilled = nvidia_code(result.asm["cubin"])
@@ -223,17 +230,18 @@ def measure(case: Case, sigma: float = 1.0) -> Row:
 @lru_cache
 def solver_steps(
     keys: int, alpha: float, block_q: int, tolerance: float, most: int, sigma: float, block_k: int = 0,
-    exact: bool = False,
+    of: str = "step",
 ) -> float:
     """Steps of the kernel's solver until the slowest row of a tile is done: the mean over tiles of Gaussian scores.
 
-    block_k: of the streaming form, whose start is what its first pass makes of tiles of so many keys.
+    block_k: of the streaming form, whose start is what its first pass makes of tiles of so many keys. of: as in
+    `resident_steps`.
     """
     scores = gaussian_scores(keys, sigma)
     if block_k:
-        taken = streaming_steps(scores, alpha, block_q, tolerance, most, block_k, exact)
+        taken = streaming_steps(scores, alpha, block_q, tolerance, most, block_k, of)
     else:
-        taken, _ = resident_steps(scores, alpha, block_q, tolerance, most)
+        taken, _ = resident_steps(scores, alpha, block_q, tolerance, most, of=of)
     return float(taken.float().mean())
 
 
@@ -244,12 +252,13 @@ def gaussian_scores(keys: int, sigma: float) -> torch.Tensor:
 
 def resident_steps(
     scores: torch.Tensor, alpha: float, block_q: int, tolerance: float, most: int, u: torch.Tensor | None = None,
-    of_sum: bool = False,
+    of: str = "step",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(tiles,) of scores (rows, keys): steps that the resident form takes, as `impl/triton_kernel.py` has it; and
     (rows, 1), where they lead.
 
-    u: (rows, 1), from where. of_sum: the tolerance is of the sum's distance from 1, as in fused.cu.
+    u: (rows, 1), from where. of: what the tolerance is of, a `step`, or what the p-`norm` is beside 1, or, as in
+    fused.cu, the `sum`.
     """
     b = alpha - 1.0
     scores = scores - scores.amax(1, keepdim=True)
@@ -261,7 +270,7 @@ def resident_steps(
         total, slope = _sums(scores, u, b)
         step = -torch.expm1(-b * total.log()) * total / (b * slope)
         u = u + (step.clamp(min=0.0).view(tiles, block_q, 1) * goes_on).view_as(u)
-        far = (total - 1.0).abs() if of_sum else step
+        far = step if of == "step" else ((total if of == "sum" else total**b) - 1.0).abs()
         ends = goes_on & (far.view(tiles, block_q, 1).amax(1, keepdim=True) <= tolerance)
         taken[ends.view(tiles)] = done
         goes_on &= ~ends
@@ -271,9 +280,9 @@ def resident_steps(
 
 
 def streaming_steps(
-    scores: torch.Tensor, alpha: float, block_q: int, tolerance: float, most: int, block_k: int, exact: bool
+    scores: torch.Tensor, alpha: float, block_q: int, tolerance: float, most: int, block_k: int, of: str
 ) -> torch.Tensor:
-    """The same of the streaming form: `_started` and the loop of `streaming_kernel`. exact: of float32."""
+    """The same of the streaming form: `_started` and the loop of `streaming_kernel`, whose steps by `norm` are bent."""
     b = alpha - 1.0
     u = torch.zeros(len(scores), 1)
     fall, peak = torch.ones_like(u), torch.full_like(u, -1e30)
@@ -298,8 +307,7 @@ def streaming_steps(
         pace = total / (norm * b * slope)
         last, over = step, norm - 1.0
         step = over * pace
-        bent = not exact and alpha != 2.0
-        if bent:
+        if of == "norm":
             apart = norm - norm_before
             apart = torch.where(apart.abs() > 1e-6, apart, 1e30)
             bend = 0.5 * over**2 * (pace_before - pace) / apart
@@ -309,7 +317,7 @@ def streaming_steps(
         elif done:
             step = step.clamp(min=-1.2e-7)
         step = step.maximum(-u).minimum(farthest - u)
-        far = over.abs() if bent else step.maximum(-3.0 * step)
+        far = over.abs() if of == "norm" else step.maximum(-3.0 * step)
         u = u + step
         taken += left
         left &= (far > tolerance).view(-1, block_q).any(1)

@@ -123,8 +123,8 @@ def fused_steps(case: Case, dtype: torch.dtype, has_halves: bool) -> tuple[float
     scores, most, u = gaussian_scores(case.keys, 1.0), cuda.solver_steps(case.keys, case.alpha, dtype), None
     last, in_halves = cuda.tolerance(case.alpha, dtype), torch.zeros(1)
     if has_halves:
-        in_halves, u = resident_steps(scores, case.alpha, cuda.ROWS, last**0.5, most, of_sum=True)
-    steps, _ = resident_steps(scores, case.alpha, cuda.ROWS, last, most, u, of_sum=True)
+        in_halves, u = resident_steps(scores, case.alpha, cuda.ROWS, last**0.5, most, of="sum")
+    steps, _ = resident_steps(scores, case.alpha, cuda.ROWS, last, most, u, of="sum")
     return float(in_halves.float().mean()), float(steps.float().mean())
 
 

@@ -99,6 +99,11 @@ def chunk_shape(heads: int, queries: int, keys: int, elements: int) -> tuple[int
     return 1, rows
 
 
+def is_recorded(device: torch.device) -> bool:
+    """Whether calls go into a CUDA graph, into which nothing that waits for the device may go."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def chunks(rows: tuple[int, int, int], keys: int, elements: int) -> Iterator[tuple[int, slice, slice]]:
     """The places of all chunks in tensors of (batch, heads, queries): one batch, then slices of heads and queries."""
     batch, heads, queries = rows

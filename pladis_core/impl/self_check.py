@@ -1,7 +1,11 @@
-"""Kernels that run where nobody tried them: on a device each variant is first compared with `impl/eager.py`."""
+"""Kernels that run where nobody tried them: on a device each variant is first compared with `impl/eager.py`.
+
+`compare` does so on random rows before a kernel's first use, `compare_output` on a few rows of that use itself.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +16,8 @@ from . import eager
 HEADS, ROWS = 2, 147
 # of the largest value times a rounding
 TOLERANCE = 8.0
+# of an output's root mean square: far above what rounding makes of any row, below what a wrong tile does to few
+WRONG = 0.05
 
 
 def compare(
@@ -52,3 +58,45 @@ def compare(
     allowed = TOLERANCE * torch.finfo(dtype).eps * value.float().abs().max().item()
     if not error <= allowed:
         raise RuntimeError(f"its result is off by {error:.1e}, where rounding allows {allowed:.1e}")
+
+
+def compare_output(
+    out: torch.Tensor, query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse
+) -> bool:
+    """What a kernel made of `attend`'s arguments, by `impl/eager.py` on some 128 rows of the last batch's first and
+    last head. Waits for the device.
+
+    Returns:
+        False where inputs that are not finite left nothing to compare.
+
+    Raises:
+        RuntimeError: they differ by more than rounding can explain.
+    """
+    length = query.shape[2]
+    # odd: another row of every tile
+    step = max(length // 128, 1) | 1
+    last, rows = slice(-1, None), slice((length - 1) % step, None, step)
+    few = last, _first_and_last(query.shape[1]), rows
+    # products of float32 may be rounded on tensor cores
+    exact = torch.float64 if query.dtype == torch.float32 and query.device.type == "cuda" else torch.float32
+    key, value = (t[last, _first_and_last(t.shape[1])].to(exact) for t in (key, value))
+    mask, mass, row_lse = (None if t is None else t[few] for t in (mask, mass, row_lse))
+    mixed = None if mix_mask is None else mix_mask[last]
+    expected = eager.attend(query[few].to(exact), key, value, mask, mixed, scale, alpha, dense, sparse, mass, row_lse)
+    largest = torch.finfo(out.dtype).max
+    expected = expected.clamp(-largest, largest)
+    error, size, of_value = (_root_mean_square(t) for t in (out[few].to(exact) - expected, expected, value))
+    allowed = WRONG * size + (abs(dense) + abs(sparse)) * torch.finfo(out.dtype).eps * of_value
+    if not math.isfinite(size):
+        return False
+    if not error <= allowed:
+        raise RuntimeError(f"its result is off by {error:.1e}, where rounding allows {allowed:.1e}")
+    return True
+
+
+def _first_and_last(heads: int) -> slice:
+    return slice(None, None, max(heads - 1, 1))
+
+
+def _root_mean_square(tensor: torch.Tensor) -> float:
+    return tensor.square().mean().sqrt().item()

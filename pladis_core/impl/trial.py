@@ -8,6 +8,8 @@ from importlib import import_module
 
 import torch
 
+from .common import is_recorded
+
 # of the environment: backends that are not tried
 LEFT_OUT = "PLADIS_WITHOUT"
 LOGGER = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ class Trials:
                     "%s=%s in the environment: same images.", device, error, self._name, LEFT_OUT, self.backend,
                 )  # fmt: skip
                 raise
-            if _is_recorded(device):
+            if is_recorded(device):
                 # compiling and comparing are not for a CUDA graph; elsewhere the kernel may work
                 raise
             # a device that runs it is not given up for one problem
@@ -86,10 +88,6 @@ class Trials:
             LOGGER.info("PLADIS: attention on %s runs in a kernel that %s compiles.", device, self._name)
             self._ran.add(device)
         return out
-
-
-def _is_recorded(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _with_memory(attend, inputs) -> torch.Tensor:

@@ -3,7 +3,8 @@
 Against a short context (`RESIDENT_KEYS`) all scores of a tile of queries stay in registers; against a longer one they
 are recomputed.
 
-Runs where Triton does: NVIDIA, AMD and Intel GPUs, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1).
+Runs where Triton does: NVIDIA, AMD and Intel GPUs, and on the CPU in Triton's interpreter (TRITON_INTERPRET=1). On a
+GPU the first output of every variant that is compiled is compared with `impl/eager.py` on a few of its rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LARGEST_CANCELLATION, STEPS_FROM_THE_PEAK, Mix, newton_steps, small_b, whole_power
+from .common import (
+    LARGEST_CANCELLATION,
+    STEPS_FROM_THE_PEAK,
+    Mix,
+    is_recorded,
+    newton_steps,
+    small_b,
+    whole_power,
+)
+from .self_check import compare_output
 from .triton_kernel import (
     INTERPRETED,
     LOG2_E,
@@ -48,7 +58,7 @@ ALIGNED = 16
 # tiles of the value
 ALL = 1000
 # of Newton's, which tiles of random scores need at least; equal scores take them too, and stay where they are
-LEAST_STEPS = 2
+LEAST_STEPS, LEAST_STEPS_BY_NORM = 2, 1
 # of the streaming form, at most, more than `newton_steps` says
 STREAMING_STEPS = 5
 # since 3.3 a compiled kernel is called with all arguments
@@ -107,7 +117,7 @@ def configuration(
     NVIDIA's compute capability as two digits, 0 elsewhere; wave: the lanes of an AMD warp, 0 elsewhere.
     """
     tile, warps = (
-        _streaming(width, dtype, wave) if not is_resident(keys, dtype, wave)
+        _streaming(queries, width, dtype, ptx, wave) if not is_resident(keys, dtype, wave)
         else _resident_float32(keys, width) if dtype == torch.float32
         else _resident_amd(keys, width, wave) if wave
         else _resident(keys, width, ptx)
@@ -116,13 +126,20 @@ def configuration(
     return tile._replace(BLOCK_Q=min(tile.BLOCK_Q, fewest)), warps
 
 
-def _streaming(width: int, dtype: torch.dtype, wave: int) -> tuple[Tile, int]:
+def _streaming(queries: int, width: int, dtype: torch.dtype, ptx: int, wave: int) -> tuple[Tile, int]:
+    """Every program reads the keys once a pass, and NVIDIA's second cache gave what it can (docs/performance.md): as
+    many queries as fit registers. Hopper's narrow heads leave room for three programs of fewer.
+    """
     padded = _padded(width)
     if dtype == torch.float32 or wave:
         block_q = 16 if dtype == torch.float32 else 32 if wave == 32 else 64
         warps = 8 if wave == 32 or padded > 128 else 4
         return Tile(block_q, 64 if padded <= 128 else 32, 0, padded, padded, 1, 0), warps
-    return Tile(64, 64 if padded <= 64 else 32, 0, padded, padded, 1, 0), 8 if padded > 128 else 4
+    hopper = ptx // 10 == 9
+    if queries <= 64 or padded > (256 if hopper else 128) or (hopper and padded <= 64):
+        return Tile(64, 64 if padded <= 64 else 32, 0, padded, padded, 1, 0), 8 if padded > 128 else 4
+    # Hopper's products take operands from shared memory, and leave registers for more keys
+    return Tile(128, 64 if padded <= (128 if hopper else 64) else 32, 0, padded, padded, 1, 0), 8
 
 
 def _resident(keys: int, width: int, ptx: int) -> tuple[Tile, int]:
@@ -141,7 +158,7 @@ def _resident(keys: int, width: int, ptx: int) -> tuple[Tile, int]:
         return _tile(64, block_k, keys, width, padded if padded <= 64 and keys <= 256 else 32, min(padded, 64), 2), 4
     # their products take operands from registers, and leave fewer
     tile = _tile(64, block_k, keys, width, 16, min(padded, 32), keys <= 256)
-    if tile.N * block_k + width > 352:
+    if tile.N * block_k + width > 288:
         # too many for all scores and outputs of a row
         tile = tile._replace(BLOCK_V=16, AHEAD=0, SLICED=True)
     return tile, 4
@@ -182,17 +199,20 @@ def _tile(block_q: int, block_k: int, keys: int, width: int, block_d: int, block
     return Tile(block_q, block_k, number, block_d, block_v, 2, min(int(ahead), number * triton.cdiv(width, block_v)))
 
 
-def tolerance(alpha: float, keys: int, dtype: torch.dtype, bent: bool = False) -> float:
-    """A step below it leaves less than weights of `dtype` show: they err by its min(p, 2)th power.
-
-    bent: how far from 1 the p-norm may be before the last of the streaming form's bent steps, which about squares that,
-    however close the scores are to each other.
-    """
-    if bent:
-        return 0.5 * torch.finfo(dtype).eps ** 0.5
+def tolerance(alpha: float, keys: int, dtype: torch.dtype) -> float:
+    """A step below it leaves less than weights of `dtype` show: they err by its min(p, 2)th power."""
     if dtype == torch.float32:
         return max(3e-7, (8e-7 / keys) ** max(alpha - 1.0, 0.5))
-    return max(1e-4, 1e-5 ** max(alpha - 1.0, 0.5))
+    # the last steps of sparsemax are exact but for the keys that drop out in them
+    return torch.finfo(dtype).eps / 8 if alpha == 2.0 else max(1e-4, 1e-5 ** max(alpha - 1.0, 0.5))
+
+
+def tolerance_of_norm(dtype: torch.dtype, normalised: bool) -> float:
+    """How far from 1 the p-norm may be before a last step, which about squares that, however close the scores are.
+
+    normalised: a sum of weights beside 1 is made good, so that what is left shows in their proportions alone.
+    """
+    return (0.5 if normalised else 0.25) * torch.finfo(dtype).eps ** 0.5
 
 
 class Plan(NamedTuple):
@@ -204,6 +224,7 @@ class Plan(NamedTuple):
     weights: Weights
     tile: Tile
     constants: tuple[How, Tile]
+    variant: tuple  # what is compiled, but for what Triton specialises by itself
     options: Mapping[str, object]  # of Triton's compiler
 
 
@@ -233,6 +254,8 @@ def plan(
     mask_min = 0.0 if mask in (None, torch.bool) else torch.finfo(mask).min
     common = alpha in (1.5, 2.0)
     power = 0 if common else 2 if b < small_b(dtype) else whole_power(alpha) or (0 if lean else 1)
+    normalise = lean and abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole)
+    by_norm = lean and alpha != 2.0 and power != 2
     tile, warps = configuration(queries, keys, max(width, value_width), dtype, ptx, wave)
     how = How(
         D=width,
@@ -247,7 +270,8 @@ def plan(
         UNIT=weights.unit,
         NEGATIVE=weights.dense < 0.0,
         AGAIN=lean or not resident or tile.N * tile.BLOCK_K > 160,
-        NORMALISE=lean and abs(dense) + abs(sparse) <= LARGEST_CANCELLATION * abs(whole),
+        NORM=by_norm,
+        NORMALISE=normalise,
         PTX=ptx,
         WIDE=wide,
         ALIGNED=ALIGNED // dtype.itemsize if aligned else 1,
@@ -258,15 +282,16 @@ def plan(
         Scale(scale, gain, limit, mask_min),
         Solver(
             steps=steps,
-            least=min(LEAST_STEPS, steps),
+            least=min(LEAST_STEPS_BY_NORM if by_norm else LEAST_STEPS, steps),
             start=start,
             most=-math.expm1(-b * math.log(keys)) / b,
             b=b,
-            tolerance=tolerance(alpha, keys, dtype, bent=lean and not resident and alpha != 2.0 and power != 2),
+            tolerance=tolerance_of_norm(dtype, normalise) if by_norm else tolerance(alpha, keys, dtype),
         ),
         Weights(weights.dense, weights.sparse, weights.factor, torch.finfo(dtype).max),
         tile,
         (How(*map(tl.constexpr, how)), Tile(*map(tl.constexpr, tile))),
+        (resident, dtype, mask, how, tile),
         # sums of products are meant to be one rounding, which Triton 3.10 no longer takes for granted
         {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True},
     )
@@ -305,12 +330,28 @@ def attend(query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass,
     # what is not there is not read, but a pointer needs a tensor all the same
     tensors = [query if t is None else t for t in inputs]
     if _is_current(query.device):
-        launch(chosen, [*tensors, out])
+        is_new = launch(chosen, [*tensors, out])
     else:
         # Triton launches on the current device
         with torch.get_device_module(query.device).device(query.device):
-            launch(chosen, [*tensors, out])
+            is_new = launch(chosen, [*tensors, out])
+    if is_new and _is_unseen(variant := (query.device, *chosen.plan.variant)):
+        try:
+            if compare_output(out, query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse):
+                _compared.add(variant)
+        except RuntimeError:
+            chosen.runners.clear()
+            raise
     return out
+
+
+# variants of the kernel, by device, whose output was what it should be
+_compared: set[tuple] = set()
+
+
+def _is_unseen(variant: tuple) -> bool:
+    device = variant[0]
+    return variant not in _compared and device.type != "cpu" and not is_recorded(device)
 
 
 @lru_cache(maxsize=1024)
@@ -344,21 +385,24 @@ def laid_out(
     return Launch(chosen, grid, strides, others, {})
 
 
-def launch(chosen: Launch, tensors: list[torch.Tensor]) -> None:
-    """The kernel over the grid. From the second time on without Triton's binder, which looks at each of some fifty
-    arguments for what a kernel may be compiled for, at ten times the price of a launch: the same sizes, strides and
-    aligned addresses, on the same device, mean the same kernel.
+def launch(chosen: Launch, tensors: list[torch.Tensor]) -> bool:
+    """The kernel over the grid; True where Triton may have compiled one for it.
+
+    From the second time on without Triton's binder, which looks at each of some fifty arguments for what a kernel may
+    be compiled for, at ten times the price of a launch: the same sizes, strides and aligned addresses, on the same
+    device, mean the same kernel.
     """
     groups = [(tensor, *strides) for tensor, strides in zip(tensors, chosen.strides, strict=True)]
     key = (tensors[0].device.index, *[tensor.data_ptr() % ALIGNED == 0 for tensor in tensors])
     runner = chosen.runners.get(key)
     if runner is not None:
         runner(*groups, *chosen.others)
-        return
+        return False
     plan = chosen.plan
     compiled = plan.kernel[chosen.grid](*(Tensor(*group) for group in groups), *chosen.others, **plan.options)
     if LAUNCHES_COMPILED:
         chosen.runners[key] = compiled[chosen.grid]
+    return True
 
 
 def _is_aligned(strides: tuple[int, ...], dtype: torch.dtype) -> bool:

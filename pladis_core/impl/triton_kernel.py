@@ -2,8 +2,9 @@
 
 A program owns a tile of queries of one head. In the resident form all scores of the tile stay in registers; in the
 streaming form they are recomputed tile by tile, once per step of the solver. The threshold is solved by Newton's method
-on the p-norm, as in `impl/eager.py`, until no row of the tile moves by more than `tolerance` or `steps` are done.
-Nothing is read back by the host.
+on the p-norm, as in `impl/eager.py`, until every row of the tile is within `tolerance` or `steps` are done. For 16-bit
+weights that is asked of the p-norm before a step, for float32, and of sparsemax, of the step. Nothing is read back by
+the host.
 
 With b = alpha - 1, p = 1 / b, scores c <= 0 whose maximum is 0, and r_i = [1 + b (c_i - u)]_+, entmax is r^p for the u
 at which sum r^p = 1. As u >= 0, r never exceeds 1: saturation, which GPUs give with a product and sum, is all that
@@ -73,7 +74,7 @@ class Solver(NamedTuple):
     start: Any  # u, at least
     most: Any  # u of equal scores, beyond which no root lies
     b: Any  # alpha - 1
-    tolerance: Any  # a step below it is the last; in the streaming form's bent ones, what the p-norm is beside 1
+    tolerance: Any  # after a step below it a row is done; with How.NORM after one from where the p-norm is so near 1
 
 
 class Weights(NamedTuple):
@@ -101,6 +102,7 @@ class How(NamedTuple):
     UNIT: bool  # Weights.sparse is 1
     NEGATIVE: bool  # Weights.dense is below 0
     AGAIN: bool  # an exponential for the mix is another one than for the sum
+    NORM: bool  # a row is done by what its p-norm is beside 1, not by its last step
     NORMALISE: bool  # divide by the sum of the rounded weights
     PTX: int  # NVIDIA's compute capability as two digits, or 0
     WIDE: bool  # offsets exceed 32 bits
@@ -119,6 +121,14 @@ class Tile(NamedTuple):
     STAGES: int  # of the loop over tiles of BLOCK_D
     AHEAD: int  # tiles of the value that are loaded before the first is needed; 0: those of the key neither
     SLICED: bool = False  # all weights are made before a loop over tiles of the value's columns: fewer registers
+
+
+class Line(NamedTuple):
+    """r = rate * x + base - b * u, of what a tile holds as x: the exponents c, or the scores themselves."""
+
+    rate: Any
+    base: Any  # 1, or (BLOCK_Q,)
+    b: Any  # alpha - 1
 
 
 class Threshold(NamedTuple):
@@ -295,10 +305,11 @@ def _part(Mix, cols, sizes):
 
 
 @triton.jit
-def _finished_scores(s, Mask, rows, cols, sizes, scale, FULL: tl.constexpr, HOW):
+def _finished_scores(s, Mask, rows, cols, sizes, scale, FULL: tl.constexpr, BOUNDED: tl.constexpr, HOW):
     """Scores (rows, cols) of one tile, those beyond the limit as if equal, -inf where masked or past the last key.
 
-    FULL: no key is past the last one.
+    FULL: no key is past the last one. Without BOUNDED what no mask was added to stays as it is: for `_powers`, which
+    saturates.
     """
     if not HOW.FOLD:
         s *= scale.scale
@@ -312,7 +323,9 @@ def _finished_scores(s, Mask, rows, cols, sizes, scale, FULL: tl.constexpr, HOW)
             mask = mask.to(tl.float32)
             inside = inside & (mask > scale.mask_min)
             s += mask
-    s = _within(s, scale.limit, HOW.PTX)
+    # Triton 3.3 takes no more than two operands
+    if BOUNDED or (HOW.MASK != 0 or HOW.EXACT):
+        s = _within(s, scale.limit, HOW.PTX)
     return s if FULL and HOW.MASK == 0 else tl.where(inside, s, -float("inf"))
 
 
@@ -344,58 +357,105 @@ def _whole_power(r, N: tl.constexpr):
 
 
 @triton.jit
-def _powers(c, u, b, part, HOW):
-    """r and r^(p - 1) of one tile; with MIX both are 0 outside the columns `part`."""
-    if HOW.POWER == 2:
-        x = tl.maximum(b * (c * LN_2 - u[:, None]), -1.0)
-        if HOW.MIX:
-            x = tl.where(part, x, -1.0)
-        return 1.0 + x, tl.exp(_log1p(x) * ((1.0 - b) / b))
-    r = tl.minimum(tl.maximum(tl.fma(c, b * LN_2, (1.0 - b * u)[:, None]), 0.0), 1.0)
-    if HOW.MIX:
-        r = tl.where(part, r, 0.0)
-    if HOW.ALPHA == 1.5:
-        return r, r
-    if HOW.ALPHA == 2:
-        return r, tl.where(r > 0.0, 1.0, 0.0)
-    if HOW.POWER > 2:
-        return r, _whole_power(r, HOW.POWER - 1)
-    if HOW.POWER == 1:
-        return r, tl.exp(tl.log(r) * ((1.0 - b) / b))
-    return r, _exp2(_log2(r, HOW.PTX) * ((1.0 - b) / b), HOW.PTX)
+def _line_of_scores(centre, gain, b):
+    """For scores whose maximum along a row is `centre`; as in `_centred`, a little above by the same amount."""
+    rate = gain * b * LN_2
+    offset = centre * rate
+    return Line(rate, 1.0 + (tl.abs(offset) * 2.4e-7 - offset), b)
 
 
 @triton.jit
-def _terms(c, u, b, part, HOW):
+def _powers(x, u, line, part, HOW):
+    """r and r^(p - 1) of one tile; with MIX both are 0 outside the columns `part`. Near alpha 1 x is c."""
+    b = line.b
+    if HOW.POWER == 2:
+        x = tl.maximum(b * (x * LN_2 - u[:, None]), -1.0)
+        if HOW.MIX:
+            x = tl.where(part, x, -1.0)
+        return 1.0 + x, tl.exp(_log1p(x) * ((1.0 - b) / b))
+    r = tl.minimum(tl.maximum(tl.fma(x, line.rate, (line.base - b * u)[:, None]), 0.0), 1.0)
+    if HOW.MIX:
+        r = tl.where(part, r, 0.0)
+    slope = r
+    if HOW.ALPHA == 2:
+        slope = tl.where(r > 0.0, 1.0, 0.0)
+    elif HOW.POWER > 2:
+        slope = _whole_power(r, HOW.POWER - 1)
+    elif HOW.POWER == 1:
+        slope = tl.exp(tl.log(r) * ((1.0 - b) / b))
+    elif HOW.ALPHA == 0:
+        slope = _exp2(_log2(r, HOW.PTX) * ((1.0 - b) / b), HOW.PTX)
+    return r, slope
+
+
+@triton.jit
+def _terms(x, u, line, part, HOW):
     """r^p and r^(p - 1)."""
-    r, slope = _powers(c, u, b, part, HOW)
+    r, slope = _powers(x, u, line, part, HOW)
     return r if HOW.ALPHA == 2 else r * slope, slope
 
 
 @triton.jit
-def _newton_step(total, slope, back, b, HOW):
-    """How far u moves: (1 - total^-b) total / (b slope), Newton on the p-norm. About 0 where every key is masked.
-
-    back: how far at most, where that is not by rounding alone (impl/eager.py). A general alpha asks for no bound.
-    """
+def _norm(total, slope, b, HOW):
+    """(BLOCK_Q,): the p-norm of r, and how far u moves for 1 of it."""
     slope = tl.maximum(slope, 1e-30)
     if HOW.ALPHA == 1.5:
         norm = _sqrt(total, HOW.PTX)
-        return tl.maximum(_over(2.0 * (norm - 1.0) * norm, slope, HOW.PTX), -back)
-    if HOW.ALPHA == 2:
-        return tl.maximum(_over(total - 1.0, slope, HOW.PTX), -back)
-    total = tl.maximum(total, 1e-30)
-    return -_expm1(-b * tl.log(total)) * total / (b * slope)
+        return norm, _over(2.0 * norm, slope, HOW.PTX)
+    exponent = _log2(tl.maximum(total, 1e-30), HOW.PTX)
+    return _exp2(b * exponent, HOW.PTX), _over(_exp2((1.0 - b) * exponent, HOW.PTX), b * slope, HOW.PTX)
 
 
 @triton.jit
-def _far(step, HOW):
-    """What a step is to `tolerance`.
-
-    Exact sparsemax also goes on after a step back by more than a last digit: where the first sums, large and rounded,
-    led so far right of the root that a cluster of keys dropped out, it takes another step to count them.
+def _beside(norm, slope):
+    """What is asked of `tolerance` with How.NORM: a step leaves about the square of it. Nothing of a row that is masked
+    throughout, whose slope is 0.
     """
-    return tl.maximum(step, -3.0 * step) if HOW.EXACT and HOW.ALPHA == 2 else step
+    return tl.minimum(tl.abs(norm - 1.0), slope)
+
+
+@triton.jit
+def _newton_step(total, slope, u, back, b, HOW):
+    """How far u moves: (1 - total^-b) total / (b slope), Newton on the p-norm, about 0 where every key is masked; and
+    what is asked of `tolerance`.
+
+    back: how far at most, where that is not by rounding alone (impl/eager.py). A general alpha asks for no bound.
+    """
+    if HOW.NORM:
+        norm, pace = _norm(total, slope, b, HOW)
+        step = tl.maximum((norm - 1.0) * pace, -u)
+        far = _beside(norm, slope)
+    else:
+        slope = tl.maximum(slope, 1e-30)
+        if HOW.ALPHA == 1.5:
+            norm = _sqrt(total, HOW.PTX)
+            step = tl.maximum(_over(2.0 * (norm - 1.0) * norm, slope, HOW.PTX), -back)
+        elif HOW.ALPHA == 2:
+            step = tl.maximum(_over(total - 1.0, slope, HOW.PTX), -back)
+        else:
+            total = tl.maximum(total, 1e-30)
+            step = -_expm1(-b * tl.log(total)) * total / (b * slope)
+        # exact sparsemax also goes on after a step back by more than a last digit: where the first sums, large and
+        # rounded, led so far right of the root that a cluster of keys dropped out, it takes another step to count them
+        far = tl.maximum(step, -3.0 * step) if HOW.EXACT and HOW.ALPHA == 2 else step
+    return step, far
+
+
+@triton.jit
+def _bent_step(norm, pace, norm_before, pace_before, last, tolerance, PTX: tl.constexpr):
+    """Newton's step on the p-norm, and what the bend between this pass and the one before, `last` away, adds to it.
+
+    Of passes on both sides of the root the bend says nothing where they are far apart. There Newton's step stays short
+    of the root, as the norm is convex, and the chord's goes beyond it: half way between them, up to the last step.
+    """
+    over = norm - 1.0
+    step = over * pace
+    apart = norm - norm_before
+    share = _over(over, tl.where(tl.abs(apart) > 1e-6, apart, 1e30), PTX)
+    bend = 0.5 * share * over * (pace_before - pace)
+    bent = step + tl.minimum(tl.maximum(bend, -0.5 * tl.abs(step)), tl.abs(step))
+    between = tl.where(tl.abs(over) > tolerance, 0.5 * (step - last * share), step)
+    return tl.where(over * last < 0.0, between, bent)
 
 
 @triton.jit
@@ -405,24 +465,25 @@ def _steps_left(far, left, solver):
 
 
 @triton.jit
-def _entmax(c, found, b, part, HOW):
+def _entmax(x, found, line, part, HOW):
     """A quarter of the entmax weights of one tile, after the last step.
 
     EXACT applies the step to r: added to u it would be rounded, by less than 16-bit weights show. A quarter keeps
     sums of values that are near the end of float32 within it.
     """
     if HOW.EXACT and HOW.ALPHA == 0:
-        r, power = _powers(c, found.u, b, part, HOW)
+        r, power = _powers(x, found.u, line, part, HOW)
         return 0.25 * power * tl.maximum(r + ((1.0 - found.total) / tl.maximum(found.slope, 1e-30))[:, None], 0.0)
     if HOW.POWER == 2:
-        r, power = _powers(c, found.u + found.step, b, part, HOW)
+        r, power = _powers(x, found.u + found.step, line, part, HOW)
         return 0.25 * power * r
     SHRINK: tl.constexpr = 0.5 if HOW.ALPHA == 1.5 else 0.25 if HOW.ALPHA == 2 else 1.0
+    b = line.b
     if HOW.EXACT:
-        r = tl.fma(c, b * (LN_2 * SHRINK), ((1.0 - b * found.u) * SHRINK)[:, None])
+        r = tl.fma(x, line.rate * SHRINK, ((line.base - b * found.u) * SHRINK)[:, None])
         r = r - (b * found.step * SHRINK)[:, None]
     else:
-        r = tl.fma(c, b * (LN_2 * SHRINK), ((1.0 - b * (found.u + found.step)) * SHRINK)[:, None])
+        r = tl.fma(x, line.rate * SHRINK, ((line.base - b * (found.u + found.step)) * SHRINK)[:, None])
     r = tl.minimum(tl.maximum(r, 0.0), 1.0)
     if HOW.MIX:
         r = tl.where(part, r, 0.0)
@@ -464,11 +525,13 @@ def _mixed(entmax, c, part, shares, weights, HOW):
     dense, sparse = weights.dense, weights.sparse
     dense_sum = tl.maximum(shares.dense_sum, 1e-30)
     if HOW.AGAIN:
+        APPROXIMATE: tl.constexpr = 0 if HOW.EXACT else HOW.PTX
+        lowered = _log2(dense_sum, APPROXIMATE)
         if not HOW.MIX:
-            p = _exp2(c + tl.log2(0.25 * tl.abs(dense) / dense_sum)[:, None], HOW.PTX)
+            p = _exp2(c + (_log2(0.25 * tl.abs(dense), APPROXIMATE) - lowered)[:, None], HOW.PTX)
             entmax = entmax if HOW.UNIT and not HOW.EXACT else entmax * shares.sparse_factor
             return entmax - p if HOW.NEGATIVE else entmax + p
-        p = _exp2(c + (shares.rise - tl.log2(4.0 * dense_sum))[:, None], HOW.PTX)
+        p = _exp2(c + (shares.rise - 2.0 - lowered)[:, None], HOW.PTX)
         p *= tl.where(part, dense, dense + sparse)
     else:
         p = _exp2(c + shares.rise[:, None] if HOW.MIX else c, HOW.PTX)
@@ -504,7 +567,7 @@ def _row_factor(Mass, rows, peak, dense_sum, weight_sums, sizes, weights, HOW):
     if HOW.NORMALISE:
         sound = weight_sum != 0.0
         whole = weights.dense + weights.sparse
-        factor *= tl.where(sound, (0.25 * whole) / tl.where(sound, weight_sum, 1.0), 0.0)
+        factor *= tl.where(sound, _over(0.25 * whole, tl.where(sound, weight_sum, 1.0), HOW.PTX), 0.0)
     if HOW.MASS == 0:
         return factor
     mass = tl.load(Mass.at + rows * Mass.row, mask=rows < sizes.queries, other=0.0).to(tl.float32)
@@ -538,18 +601,18 @@ def _products(Q, K, scores, rows, cols, d, sizes, HOW, TILE):
     """The N tiles of scores and what BLOCK_D columns from `d` on add to them."""
     dims = d + tl.arange(0, TILE.BLOCK_D)
     q = _queries(Q, rows, dims, sizes, HOW)
+    keys = ()  # N x (BLOCK_D, BLOCK_K)
     more = ()
-    if TILE.AHEAD == 0:
+    if TILE.AHEAD > 0:
+        # all before the first product: no load passes a barrier, and each product has one
+        for i in tl.static_range(0, TILE.N):
+            keys = keys + (_keys(K, cols + i * TILE.BLOCK_K, dims, sizes, i < TILE.N - 1, HOW),)
+        for i in tl.static_range(0, TILE.N):
+            more = more + (_dot(q, keys[i], scores[i]),)
+    else:
         for i in tl.static_range(0, TILE.N):
             k = _keys(K, cols + i * TILE.BLOCK_K, dims, sizes, i < TILE.N - 1, HOW)  # (BLOCK_D, BLOCK_K)
             more = more + (_dot(q, k, scores[i]),)
-        return more
-    # all before the first product: no load passes a barrier, and each product has one
-    keys = ()  # N x (BLOCK_D, BLOCK_K)
-    for i in tl.static_range(0, TILE.N):
-        keys = keys + (_keys(K, cols + i * TILE.BLOCK_K, dims, sizes, i < TILE.N - 1, HOW),)
-    for i in tl.static_range(0, TILE.N):
-        more = more + (_dot(q, keys[i], scores[i]),)
     return more
 
 
@@ -562,11 +625,11 @@ def _value_tile(V, cols, j: tl.constexpr, NV: tl.constexpr, sizes, HOW, TILE):
 
 
 @triton.jit
-def _row_moments(c, u, b, part, HOW, TILE):
+def _row_moments(c, u, line, part, HOW, TILE):
     """(BLOCK_Q,) sums of r^p and of r^(p - 1) over all N tiles."""
-    totals, slopes = _terms(c[0], u, b, part[0], HOW)
+    totals, slopes = _terms(c[0], u, line, part[0], HOW)
     for i in tl.static_range(1, TILE.N):
-        more_totals, more_slopes = _terms(c[i], u, b, part[i], HOW)
+        more_totals, more_slopes = _terms(c[i], u, line, part[i], HOW)
         totals += more_totals
         slopes += more_slopes
     return _two_sums(totals, slopes)
@@ -583,21 +646,21 @@ def _exp2_sum(c, rise, part, PARTS: tl.constexpr, HOW, TILE):
 
 
 @triton.jit
-def _entmax_sum(c, found, b, part, HOW, TILE):
+def _entmax_sum(c, found, line, part, HOW, TILE):
     """(BLOCK_Q,) sums of a quarter of the entmax weights."""
-    weights = _entmax(c[0], found, b, part[0], HOW)
+    weights = _entmax(c[0], found, line, part[0], HOW)
     for i in tl.static_range(1, TILE.N):
-        weights += _entmax(c[i], found, b, part[i], HOW)
+        weights += _entmax(c[i], found, line, part[i], HOW)
     return tl.sum(weights, 1)
 
 
 @triton.jit
-def _surplus(c, found, b, part, HOW, TILE):
+def _surplus(c, found, line, part, HOW, TILE):
     """(BLOCK_Q,): what is left of every sparsemax weight to take off after the last step. impl/eager.py: _settle"""
     totals = tl.zeros(c[0].shape, tl.float32)
     counts = totals
     for i in tl.static_range(0, TILE.N):
-        r = _entmax(c[i], found, b, part[i], HOW)
+        r = _entmax(c[i], found, line, part[i], HOW)
         totals += r
         counts += tl.where(r > 0.0, 1.0, 0.0)
     surplus = 4.0 * tl.sum(totals, 1) - 1.0
@@ -626,7 +689,7 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
     centre = peak
     for i in tl.static_range(0, TILE.N):
         here = cols + i * TILE.BLOCK_K
-        s = _finished_scores(scores[i], Mask, rows, here, sizes, scale, i < TILE.N - 1, HOW)
+        s = _finished_scores(scores[i], Mask, rows, here, sizes, scale, i < TILE.N - 1, True, HOW)
         if HOW.MIX:
             part = part + (_part(Mix, here, sizes),)
             centre = tl.maximum(centre, tl.max(tl.where(part[i], s, -float("inf")), 1))
@@ -643,20 +706,21 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
     for i in tl.static_range(0, TILE.N):
         c = c + (_centred(finished[i], centre, scale.gain, HOW.EXACT),)
 
-    u = tl.full((TILE.BLOCK_Q,), 1.0, tl.float32) * solver.start  # (BLOCK_Q,), as total, slope and step
+    line = Line(b * LN_2, 1.0, b)
+    u = tl.full((TILE.BLOCK_Q,), 1.0, tl.float32) * solver.start  # (BLOCK_Q,), as all that is of the solver
+    total, slope = _row_moments(c, u, line, part, HOW, TILE)
+    step, far = _newton_step(total, slope, u, ROUNDING, b, HOW)
     # nobody is done after the first steps: to ask is to wait for all warps
-    total, slope = _row_moments(c, u, b, part, HOW, TILE)
-    step = _newton_step(total, slope, ROUNDING, b, HOW)
     for _ in range(solver.least):
         u += step
-        total, slope = _row_moments(c, u, b, part, HOW, TILE)
-        step = _newton_step(total, slope, ROUNDING, b, HOW)
+        total, slope = _row_moments(c, u, line, part, HOW, TILE)
+        step, far = _newton_step(total, slope, u, ROUNDING, b, HOW)
     left = solver.steps - solver.least
     while left > 0:
         u += step
-        total, slope = _row_moments(c, u, b, part, HOW, TILE)
-        step = _newton_step(total, slope, ROUNDING, b, HOW)
-        left = _steps_left(_far(step, HOW), left, solver)
+        total, slope = _row_moments(c, u, line, part, HOW, TILE)
+        step, far = _newton_step(total, slope, u, ROUNDING, b, HOW)
+        left = _steps_left(far, left, solver)
 
     # the first tiles of the value are under way meanwhile
     NV: tl.constexpr = (HOW.DV + TILE.BLOCK_V - 1) // TILE.BLOCK_V
@@ -670,15 +734,15 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
     sparse_sum = dense_sum
     if HOW.EXACT:
         if HOW.ALPHA == 2:
-            step += _surplus(c, Threshold(u, step, total, slope), b, part, HOW, TILE)
-        sparse_sum = _entmax_sum(c, Threshold(u, step, total, slope), b, part, HOW, TILE)
+            step += _surplus(c, Threshold(u, step, total, slope), line, part, HOW, TILE)
+        sparse_sum = _entmax_sum(c, Threshold(u, step, total, slope), line, part, HOW, TILE)
     found = Threshold(u, step, total, slope)
     shares = Shares(rise, dense_sum, _sparse_factor(weights.sparse, sparse_sum, part_sum, dense_sum, HOW))
     weight_sums = tl.zeros((TILE.BLOCK_Q, 16), tl.float32)
     if TILE.SLICED:
         rounded = ()  # N x (BLOCK_Q, BLOCK_K)
         for i in tl.static_range(0, TILE.N):
-            w = _mixed(_entmax(c[i], found, b, part[i], HOW), c[i], part[i], shares, weights, HOW)
+            w = _mixed(_entmax(c[i], found, line, part[i], HOW), c[i], part[i], shares, weights, HOW)
             w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
             rounded = rounded + (w,)
         factor = _row_factor(Mass, rows, peak * (scale.gain * LN_2), dense_sum, weight_sums, sizes, weights, HOW)
@@ -695,7 +759,7 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
         for _ in tl.static_range(0, HOW.DV, TILE.BLOCK_V):
             out = out + (tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_V), tl.float32),)
         for i in tl.static_range(0, TILE.N):
-            w = _mixed(_entmax(c[i], found, b, part[i], HOW), c[i], part[i], shares, weights, HOW)
+            w = _mixed(_entmax(c[i], found, line, part[i], HOW), c[i], part[i], shares, weights, HOW)
             w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
             more = ()
             for n in tl.static_range(0, NV):
@@ -717,13 +781,13 @@ def _clamped(cols, sizes, HOW):
 
 
 @triton.jit
-def _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, HOW, TILE):
+def _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, BOUNDED: tl.constexpr, HOW, TILE):
     """(BLOCK_Q, BLOCK_K) scores against the keys from `first` on, and (1, BLOCK_K) which of these are mixed."""
     cols = _range(first, TILE.BLOCK_K, HOW)
     k = _keys(K, _clamped(cols, sizes, HOW), tl.arange(0, TILE.BLOCK_D), sizes, True, HOW)  # (BLOCK_D, BLOCK_K)
     s = _dot(q, k, tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_K), tl.float32))
     part = _part(Mix, cols, sizes) if HOW.MIX else (cols < sizes.keys)[None, :]
-    return _finished_scores(s, Mask, rows, cols, sizes, scale, HOW.WHOLE, HOW), part
+    return _finished_scores(s, Mask, rows, cols, sizes, scale, HOW.WHOLE, BOUNDED, HOW), part
 
 
 @triton.jit
@@ -738,7 +802,7 @@ def _started(c, u, fall, rise, b, part, HOW):
     u -= rise
     near = tl.maximum(1.0 - 0.25 * fall * tl.maximum(-u, 0.0), 0.0)
     u = tl.maximum(u, 0.0)
-    totals, slopes = _terms(c, u, b, part, HOW)
+    totals, slopes = _terms(c, u, Line(b * LN_2, 1.0, b), part, HOW)
     total, slope = _two_sums(totals, slopes)
     # the maximum, or what is near 1 of earlier keys, makes it 1 at least
     total += near * near * near * near
@@ -750,34 +814,6 @@ def _started(c, u, fall, rise, b, part, HOW):
         return u + (2.0 / b) * ratio * lower, _over(1.0, ratio * (1.0 - lower), HOW.PTX)
     root = _exp2(root, HOW.PTX)
     return u + (2.0 / b) * ratio * (1.0 - root), _over(1.0, ratio * root, HOW.PTX)
-
-
-@triton.jit
-def _norm(total, slope, b, HOW):
-    """(BLOCK_Q,): the p-norm of r, and how far u moves for 1 of it."""
-    slope = tl.maximum(slope, 1e-30)
-    if HOW.ALPHA == 1.5:
-        norm = _sqrt(total, HOW.PTX)
-        return norm, _over(2.0 * norm, slope, HOW.PTX)
-    exponent = _log2(tl.maximum(total, 1e-30), HOW.PTX)
-    return _exp2(b * exponent, HOW.PTX), _over(_exp2((1.0 - b) * exponent, HOW.PTX), b * slope, HOW.PTX)
-
-
-@triton.jit
-def _bent_step(norm, pace, norm_before, pace_before, last, solver):
-    """Newton's step on the p-norm, and what the bend between this pass and the one before, `last` away, adds to it.
-
-    Of passes on both sides of the root the bend says nothing where they are far apart. There Newton's step stays short
-    of the root, as the norm is convex, and the chord's goes beyond it: half way between them, up to the last step.
-    """
-    over = norm - 1.0
-    step = over * pace
-    apart = norm - norm_before
-    apart = tl.where(tl.abs(apart) > 1e-6, apart, 1e30)
-    bend = 0.5 * over * over * (pace_before - pace) / apart
-    bent = step + tl.minimum(tl.maximum(bend, -0.5 * tl.abs(step)), tl.abs(step))
-    between = tl.where(tl.abs(over) > solver.tolerance, 0.5 * (step - last * over / apart), step)
-    return tl.where(over * last < 0.0, between, bent)
 
 
 @triton.jit
@@ -798,7 +834,7 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
     # as if there were one key, at that maximum
     u, fall = dense_sum, dense_sum + 1.0
     for first in range(0, sizes.keys, TILE.BLOCK_K):
-        s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, HOW, TILE)
+        s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, True, HOW, TILE)
         higher = tl.maximum(peak, tl.max(s, 1))
         c = _centred(s, higher, gain, HOW.EXACT)  # (BLOCK_Q, BLOCK_K)
         p = _exp2(c, HOW.PTX)
@@ -816,35 +852,36 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
     centre = _centre(centre, peak, gain, HOW.MIX)
     part_sum = part_sum if HOW.MIX else dense_sum
 
-    # from a guess right of the root the first step leads back to the left of it; from there on Newton's go back by
-    # rounding alone, bent ones by what they went too far
-    # Triton 3.3 takes no more than two operands
-    BENT: tl.constexpr = (not HOW.EXACT and HOW.ALPHA != 2) and HOW.POWER != 2
+    # from a guess right of the root Newton's first step leads back to the left of it; from there on they go back by
+    # rounding alone
+    STRAIGHT: tl.constexpr = not HOW.EXACT and HOW.POWER != 2
+    line = _line_of_scores(centre, gain, b) if STRAIGHT else Line(b * LN_2, 1.0, b)
     u = tl.maximum(tl.minimum(u, solver.most), solver.start)
     step, total, slope = u * 0.0, u, u
-    norm, pace, back = step + 1e30, step, solver.most
+    norm, pace = u * 0.0 + 1e30, u * 0.0  # no bend follows of the first pass
+    back = solver.most
     left = solver.steps
     while left > 0:
         u += step
         totals = tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_K), tl.float32)
         slopes = totals
         for first in range(0, sizes.keys, TILE.BLOCK_K):
-            s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, HOW, TILE)
-            more_totals, more_slopes = _terms(_centred(s, centre, gain, HOW.EXACT), u, b, part, HOW)
+            s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, False, HOW, TILE)
+            x = s if STRAIGHT else _centred(s, centre, gain, HOW.EXACT)
+            more_totals, more_slopes = _terms(x, u, line, part, HOW)
             totals += more_totals
             slopes += more_slopes
         total, slope = _two_sums(totals, slopes)
-        if BENT:
+        if HOW.NORM:
             norm_before, pace_before = norm, pace
             norm, pace = _norm(total, slope, b, HOW)
-            step = _bent_step(norm, pace, norm_before, pace_before, step, solver)
+            step = _bent_step(norm, pace, norm_before, pace_before, step, solver.tolerance, HOW.PTX)
+            step = tl.minimum(tl.maximum(step, -u), solver.most - u)
+            far = _beside(norm, slope)
         else:
-            step = _newton_step(total, slope, back, b, HOW)
-        step = tl.minimum(tl.maximum(step, -u), solver.most - u)
-        far = tl.maximum(step, -3.0 * step)
-        if BENT:
-            # a step leaves about the square of it; of a row that is masked throughout the slope is 0
-            far = tl.minimum(tl.abs(norm - 1.0), slope)
+            step, _ = _newton_step(total, slope, u, back, b, HOW)
+            step = tl.minimum(tl.maximum(step, -u), solver.most - u)
+            far = tl.maximum(step, -3.0 * step)
         left = _steps_left(far, left, solver)
         back = tl.minimum(back, ROUNDING)
 
@@ -855,9 +892,10 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
     out = tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_D), tl.float32)
     weight_sums = tl.zeros((TILE.BLOCK_Q, 16), tl.float32)
     for first in range(0, sizes.keys, TILE.BLOCK_K):
-        s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, HOW, TILE)
+        s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, True, HOW, TILE)
         c = _centred(s, centre, gain, HOW.EXACT)
-        w = _mixed(_entmax(c, found, b, part, HOW), c, part, shares, weights, HOW)
+        entmax = _entmax(s if STRAIGHT else c, found, line, part, HOW)
+        w = _mixed(entmax, c, part, shares, weights, HOW)
         w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
         cols = _clamped(_range(first, TILE.BLOCK_K, HOW), sizes, HOW)
         v = _values(V, cols, dims, sizes, True, HOW)  # (BLOCK_K, BLOCK_D)

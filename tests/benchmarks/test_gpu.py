@@ -18,9 +18,7 @@ CPU = torch.device("cpu")
 def test_every_stage_runs_and_is_written(tmp_path, monkeypatch):
     file = tmp_path / "gpu.json"
     monkeypatch.setattr(gpu, "CASES", gpu.CASES[:4])
-    monkeypatch.setattr(
-        sys, "argv", ["gpu", "correct", "calls", "operator", "joint", "--small", "--repeats", "2", "--json", str(file)]
-    )
+    monkeypatch.setattr(sys, "argv", ["gpu", *gpu.STAGES, "--small", "--repeats", "2", "--json", str(file)])
     with pytest.raises(SystemExit) as end:
         gpu.main()
     torch.set_grad_enabled(True)
@@ -28,10 +26,25 @@ def test_every_stage_runs_and_is_written(tmp_path, monkeypatch):
     found = json.loads(file.read_text())
     assert found["small"] and found["machine"]["device"].startswith("cpu")
     stages = found["stages"]
-    assert list(stages) == ["correct", "calls", "operator", "joint"] and all(stage["rows"] for stage in stages.values())
+    assert list(stages) == ["correct", "calls", "operator", "tiles", "joint"]
+    assert all(stage["rows"] for stage in stages.values())
     assert not any(row.get("wrong") for stage in stages.values() for row in stage["rows"])
     baselines = [row for row in stages["operator"]["rows"] if row["what"] == "sdpa"]
     assert len(baselines) == 2 * len(gpu.SMALL) and all(row["to sdpa"] == [1.0, 1.0, 1.0] for row in baselines)
+
+
+def test_other_tiles_than_the_tables_are_launched_and_the_table_is_put_back():
+    backend = pytest.importorskip("pladis_core.impl.triton", reason="no Triton on this system")
+    problem = (4096, 512, 128, torch.bfloat16)
+    candidates = gpu.tile_candidates(*problem, CPU)
+    assert len(set(candidates.values())) == len(candidates) > 5
+    before = backend.configuration(*problem)
+    for tile, warps in candidates.values():
+        with gpu.tiled(tile, warps):
+            equation = 0.1, 1.5, -1.0, 2.0, None, False, 0
+            chosen = backend.plan(*problem[:3], 128, torch.bfloat16, *equation, 90, 0, False, True)
+            assert chosen.tile == tile and chosen.options["num_warps"] == warps
+    assert backend.configuration(*problem) == before == candidates["table"]
 
 
 def test_its_own_oracle_is_the_packages():

@@ -434,7 +434,7 @@ def test_a_kernel_that_fails_while_a_graph_is_recorded_is_tried_again_later(monk
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(cuda, "kernel_of", fails)
-    monkeypatch.setattr(trial, "_is_recorded", lambda device: True)
+    monkeypatch.setattr(trial, "is_recorded", lambda device: True)
     trials, inputs = trial.Trials("cuda", "NVRTC"), tensors("sixteen keys")
     rest = None, None, 0.25, 1.5, -1.0, 2.0, None, None
     with pytest.raises(RuntimeError, match="capturing"):
