@@ -251,7 +251,7 @@ def _has_gpu_compiler(device: torch.device) -> bool:
 
 # ComfyUI on Windows often comes without Triton: nothing to report
 _trials = [trial.Trials("triton", "Triton")] if find_spec("triton") is not None else []
-_trials += [trial.Trials("cuda", "NVRTC"), trial.Trials("nvrtc", "NVRTC")]
+_trials += [trial.Trials("cuda", "NVRTC (cuda)"), trial.Trials("nvrtc", "NVRTC (nvrtc)")]
 _trials = [trials for trials in _trials if trials.backend not in os.environ.get(trial.LEFT_OUT, "")]
 
 _ATTEND = {

@@ -172,3 +172,8 @@ def test_inputs_that_are_not_finite_leave_a_variant_to_be_compared(unseen):
     assert not backend._compared
     pladis_attention(*inputs(21))
     assert len(compared) == 2 and len(backend._compared) == 1
+
+
+def test_the_log_names_kernels_so_that_one_can_be_left_out():
+    trials = [trials for trials in api._trials if trials.backend != "triton"]
+    assert [trials._name for trials in trials] == ["NVRTC (cuda)", "NVRTC (nvrtc)"]
