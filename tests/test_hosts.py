@@ -35,12 +35,12 @@ SHARED = {
     # and one server
     "short files": (
         "compatibility", "composition", "cpu_side", "fuzz", "help", "layers", "locales", "more_peers", "nvrtc", "peers",
-        "preferences", "reached", "regime", "schema", "server", "strength", "sweep", "tokens", "transformers",
+        "preferences", "reached", "regime", "schema", "server", "strength", "sweep", "tokens", "transformers", "triton",
         "workflows",
     ),
 }  # fmt: skip
 # about our fixtures, samplers, inputs and kernels, which do not differ between hosts: for time, on the newest alone
-NEWEST_ALONE = ("family_fixtures", "distilled", "fuzz", "nvrtc", "cpu_side")
+NEWEST_ALONE = ("family_fixtures", "distilled", "fuzz", "nvrtc", "triton", "cpu_side")
 # a way to call attention that the oldest does not have; and, for time, what is long and hardly the host's: run these by
 # hand on the oldest before a release (CONTRIBUTING.md)
 NEWER_ALONE = ("preferences", "compiled", "matrix", "sampling")

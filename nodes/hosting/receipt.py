@@ -39,6 +39,8 @@ class Step:
     # evaluations of the network that no wrapper of ours saw
     past: int = 0
     on: set[int] = field(default_factory=set)
+    # those whose window holds it, with their prompts or without
+    due: set[int] = field(default_factory=set)
     reached: set[Layer] = field(default_factory=set)
     # their blocks ran, but their attention went past PLADIS
     missed: set[Layer] = field(default_factory=set)
@@ -54,7 +56,8 @@ KINDS = {
     "lost": "in which something went past it",
     "part": "answered from a cache in part",
     "cached": "answered from a cache",
-    "outside": "outside its range or without its prompt",
+    "prompt": "without its prompt",
+    "outside": "outside its range",
 }
 
 
@@ -68,7 +71,9 @@ def _kind(step: Step, i: int, layers: frozenset[Layer], ever: Set[Layer]) -> str
     if reached:
         return "whole" if ever <= reached else "part"
     # LazyCache answers a step before any model call
-    return "cached" if i in step.on or not step.calls else "outside"
+    if i in step.on or not step.calls:
+        return "cached"
+    return "prompt" if i in step.due else "outside"
 
 
 class Receipt:
@@ -89,8 +94,9 @@ class Receipt:
         self._step = self._calls = Step()
         self._seen: set[Layer] = set()
 
-    def add(self, call: ModelCall | None, on: Sequence[int] = ()) -> None:
-        """A model call has ended; `on` are the places of the Apply nodes that were on in it.
+    def add(self, call: ModelCall | None, on: Sequence[int] = (), due: Sequence[int] = ()) -> None:
+        """A model call has ended; `on` are the places of the Apply nodes that were on in it, `due` of those whose
+        window held it.
 
         Raises:
             RuntimeError: PLADIS was on, and has reached none of a node's layers in this run.
@@ -99,6 +105,7 @@ class Receipt:
             step = self._step
             step.calls += 1
             step.on.update(on)
+            step.due.update(due)
             if call is None:
                 return
             step.reached |= call.reached
@@ -138,6 +145,7 @@ class Receipt:
                 words = "replaced by an Apply node behind this one"
             elif applied.settings.is_off:
                 words = f"off, {applied.settings.describe()}"
+                LOGGER.info("PLADIS: %s", words)
             else:
                 words, complete = self._words(i)
                 LOGGER.log(logging.INFO if complete else logging.WARNING, "PLADIS: %s", words)
@@ -158,7 +166,7 @@ class Receipt:
         # a second evaluation of the last step
         last = self._steps[-1]
         last.past += rest.past
-        for name in ("on", "reached", "missed"):
+        for name in ("on", "due", "reached", "missed"):
             getattr(last, name).update(getattr(rest, name))
 
     def _words(self, i: int) -> tuple[str, bool]:
@@ -174,7 +182,12 @@ class Receipt:
         chosen = "text layers" if len(layers) == len(self._target.layers) else "chosen text layers"
         what = f"{len(ever)} of {len(layers)} {chosen}" if self._target.family else "text attention by its shape"
         words = f"{what} in {whole} of {total} {unit}, {settings.describe()}"
-        words += "".join(f"; {count[kind]} {KINDS[kind]}" for kind in KINDS if kind != "whole" and count[kind])
+        for kind, meaning in KINDS.items():
+            if meaning and count[kind]:
+                at_zero = " or at scale 0" if kind == "outside" and settings.schedule != "constant" else ""
+                words += f"; {count[kind]} {meaning}{at_zero}"
+        if count["outside"] + count["prompt"] == len(steps):
+            return words + settings.why_it_did_nothing(bool(count["prompt"])), False
         missed = {layer for step in steps for layer in step.missed} & layers
         due = expected(layers, {layer for step in steps for layer in step.ran})
         if idle := len(layers - due):
@@ -211,4 +224,6 @@ def show_on_node(node: str, words: str) -> None:
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     # without a client they would go to every browser, on whatever node has this id there
     if server is not None and server.client_id is not None:
-        server.send_sync("pladis.receipt", {"node": node, "text": words}, server.client_id)
+        # of several samplers in a run all are shown
+        told = {"node": node, "text": words, "run": getattr(server, "last_prompt_id", None)}
+        server.send_sync("pladis.receipt", told, server.client_id)

@@ -102,6 +102,20 @@ class Settings:
         lam = f"{self.lam:g}" if self.schedule == "constant" else f"{self.lam:g} to {self.end_lam:g}"
         return f"lambda {lam}, alpha {self.alpha:g}" + ("" if self.tokens == "all" else f", {self.tokens}")
 
+    def why_it_did_nothing(self, lacked_prompts: bool) -> str:
+        """Of a run whose every step was outside the window or without the prompts: the cause, and a way out."""
+        nothing = ". PLADIS did nothing: "
+        if lacked_prompts:
+            why = "at CFG 1 there is none" if self.apply_to == "negative" else "which one it is could not be told"
+            return f"{nothing}no step had a {self.apply_to} prompt ({why}). Set apply_to to both."
+        ways = ["lower start_percent"] * (self.start_percent > 0.0)
+        if self.end_percent < 1.0:
+            ways.append("raise end_percent (with denoise below 1 sampling begins late in the noise schedule)")
+        if not ways:
+            return f"{nothing}the model was given no text."
+        window = f"start_percent {self.start_percent:g} to end_percent {self.end_percent:g}"
+        return f"{nothing}every step lies outside {window}. To have it here, {' or '.join(ways)}."
+
     def without(self, layers: frozenset[Layer]) -> Settings:
         return replace(self, layers=self.layers - layers)
 

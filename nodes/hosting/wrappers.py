@@ -44,6 +44,9 @@ def apply_settings(
     model = model.clone()
     earlier = [a for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for a in wrapper.applied]
     rest = [replace(a, settings=a.settings.without(settings.layers)) for a in earlier]
+    if node is None:
+        # of Sweep or Attention Map, whose runs are not the earlier node's
+        rest = [replace(a, node=None) for a in rest]
     # one that is replaced on all of its layers stays for its receipt
     everything = (*(a for a in rest if a.settings.layers or a.node is not None), Applied(settings, node))
     apply_model = ApplyModel(everything, target, watch)
@@ -205,8 +208,8 @@ class ApplyModel:
             with inside():
                 return executor(x, t, c_concat, c_crossattn, control, options, **extra)
         target = self.target.on(executor.class_obj)
-        call, on = self._call(target, context, x, t, {"x": x, "c_crossattn": c_crossattn, **extra}, options,
-                              executor.class_obj.model_sampling)  # fmt: skip
+        call, on, due = self._call(target, context, x, t, {"x": x, "c_crossattn": c_crossattn, **extra}, options,
+                                   executor.class_obj.model_sampling)  # fmt: skip
 
         def run(executor, options):
             return executor(x, t, c_concat, c_crossattn, control, options, **extra)
@@ -214,23 +217,28 @@ class ApplyModel:
         with inside():
             out = _on_its_road(call, target, context, options, executor, run)
         if context.receipt is not None:
-            context.receipt.add(call, on)
+            context.receipt.add(call, on, due)
         return out
 
-    def _call(self, target, context, x, t, arguments, options, model_sampling) -> tuple[ModelCall | None, list[int]]:
-        """This model call's, and which of the Apply nodes are on in it; None where none is."""
+    def _call(
+        self, target, context, x, t, arguments, options, model_sampling
+    ) -> tuple[ModelCall | None, list[int], list[int]]:
+        """This model call's, None where no Apply node is on; which of them are on in it, and which were if it had
+        their prompts.
+        """
         text = arguments.get("c_crossattn" if target.family is None else target.family.text)
         now = self._now(t, model_sampling) if text is not None else {}
         if not now:
-            return None, []
+            return None, [], []
+        due = list(now)
         wants_roles = any(s.apply_to != "both" or s.tokens != "all" for s in now.values())
         known = self._with_kinds(context.conditionings(), target, now)
         batch = read_batch(x.shape[0], text, options, known, wants_roles, context.rearranged)
         now = {i: s for i, s in now.items() if s.apply_to == "both" or s.apply_to in batch.roles}
         active = {layer: s for s in now.values() for layer in target.layers if layer in s.layers}
         if not active:
-            return None, []
-        return ModelCall(target, active, batch, arguments, options, watch=self.watch), list(now)
+            return None, [], due
+        return ModelCall(target, active, batch, arguments, options, watch=self.watch), list(now), due
 
     def _with_kinds(self, known: tuple[Known, ...], target: Target, now: Mapping[int, Settings]) -> tuple[Known, ...]:
         """The conditionings with what their tokens are, where somebody asks for it."""

@@ -172,17 +172,20 @@ def _resident_float32(keys: int, width: int) -> tuple[Tile, int]:
 
 
 def _resident_amd(keys: int, width: int, wave: int) -> tuple[Tile, int]:
-    padded = _padded(width)
-    # slices of the width: 80 is 32 + 32 + 16, not 128; many keys leave few registers for wide ones
-    block_d = 32 if keys > 160 else padded if padded <= 64 else 64 if width % 64 == 0 else 32
-    block_v = min(padded, 32 if 112 < keys <= 160 else 64)
-    block_q = 64 if keys <= 160 else 32 if keys <= 256 else 16
-    # operands of products lie in registers twice
-    warps = 8 if wave == 32 and 112 < keys <= 256 else 4
-    if wave == 32 and keys > 384 and width > 96:
+    padded, block_k = _padded(width), _key_tile(keys)
+    if wave == 64 or 112 < keys <= 320 or width > 128:
+        # RDNA's operands of products lie in registers twice
+        block_q = 64 if wave == 64 or keys <= 160 else 32
+        tile = _tile(block_q, block_k, keys, width, min(padded, 32), 16)
+        return tile._replace(SLICED=True), 4
+    if keys <= 112:
+        # slices of the width: 80 is 32 + 32 + 16, not 128
+        block_d = padded if padded <= 64 else 64 if width % 64 == 0 else 32
+        return _tile(64, block_k, keys, width, block_d, min(padded, 64)), 4
+    if keys > 384 and width > 96:
         # more warps to load a tile, and each thread less of it
-        block_q, block_d, warps = 32, 16 if keys > 448 else 32, 8
-    return _tile(block_q, _key_tile(keys), keys, width, block_d, block_v), warps
+        return _tile(32, block_k, keys, width, 16 if keys > 448 else 32, min(padded, 64)), 8
+    return _tile(16, block_k, keys, width, 32, min(padded, 64)), 4
 
 
 def _padded(width: int) -> int:

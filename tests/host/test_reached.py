@@ -519,21 +519,21 @@ def test_the_words_go_to_the_browser_that_queued_the_run_alone(monkeypatch):
     server = SimpleNamespace(client_id="browser", send_sync=lambda *message: sent.append(message))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
     receipt.show_on_node("12:5", "words")
-    assert sent == [("pladis.receipt", {"node": "12:5", "text": "words"}, "browser")]
+    server.last_prompt_id = "of one run"
+    receipt.show_on_node("12:5", "words")
+    told = {"node": "12:5", "text": "words"}
+    assert sent == [("pladis.receipt", told | {"run": run}, "browser") for run in (None, "of one run")]
     # of a run over the API, or without a server, as here
     server.client_id = None
     receipt.show_on_node("12:5", "words")
     monkeypatch.setitem(sys.modules, "server", None)
     receipt.show_on_node("12:5", "words")
-    assert len(sent) == 1
+    assert len(sent) == 2
 
 
 def with_id(model, **options):
-    """MODEL through an Apply node that a graph runs as node 7."""
-    from pladis_pack.nodes.apply import PLADISApply
-
-    node = type("PLADISApply", (PLADISApply,), {"hidden": SimpleNamespace(unique_id="7")})
-    return node.execute(model, **{**tiny.DEFAULTS, **options}).result[0]
+    """MODEL through an Apply node, the advanced one where that is asked for, that a graph runs as node 7."""
+    return apply(model, **options, unique_id="7")
 
 
 def test_the_receipt_of_a_whole_run(unet, said, caplog):
@@ -571,8 +571,34 @@ def test_the_receipt_of_a_window(unet, said):
     assert 0 < len(ran) < 8
     assert said[0][1] == (
         f"4 of 4 text layers in {len(ran)} of 8 steps, lambda 2, alpha 1.5; "
-        f"{8 - len(ran)} outside its range or without its prompt"
+        f"{8 - len(ran)} outside its range"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "sampling", "counted", "why"),
+    [
+        ({"end_percent": 0.3}, {"denoise": 0.3}, "3 outside its range", "raise end_percent (with denoise below 1"),
+        ({"start_percent": 0.99}, {"scheduler": "simple"}, "3 outside its range", "0.99 to end_percent 1. To have it "),
+        ({"apply_to": "negative"}, {"cfg": 1.0}, "3 without its prompt", "no step had a negative prompt (at CFG 1"),
+    ],
+)
+def test_a_run_in_which_its_settings_leave_nothing_to_do_says_why(
+    unet, said, caplog, options, sampling, counted, why
+):
+    # fewer steps than KSampler would take, at the end of the schedule
+    model = with_id(unet, **options)
+    tiny.sample(model, steps=3, **sampling)
+    ((_, words),) = said
+    assert words.startswith(f"0 of 4 text layers in 0 of 3 steps, lambda 2, alpha 1.5; {counted}. PLADIS did nothing: ")
+    assert why in words
+    assert [r.levelno for r in caplog.records if words in r.getMessage()] == [logging.WARNING]
+
+
+def test_a_run_of_sweep_or_map_says_nothing_on_a_node_before_them(unet, said):
+    tiny.sample(apply(with_id(unet)), steps=2)
+    tiny.sample(apply(with_id(unet), layers="custom", blocks="m0"), steps=2)
+    assert {node for node, _ in said} == {None} or not said
 
 
 @pytest.mark.parametrize("node", ("EasyCacheNode", "LazyCacheNode"))
@@ -788,11 +814,13 @@ def test_a_sampler_that_reuses_keys_is_no_cache(said, caplog):
     assert [r.levelno for r in caplog.records if words in r.getMessage()] == [logging.WARNING]
 
 
-def test_off_has_no_receipt(unet, said, caplog):
+def test_off_is_said(unet, said, caplog):
     with caplog.at_level(logging.INFO):
         tiny.sample(with_id(unet, scale=0.0))
     assert said == [("7", "off, lambda 0, alpha 1.5")]
-    assert not [record for record in caplog.records if record.getMessage().startswith("PLADIS")]
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.INFO and "PLADIS" in r.getMessage()] == [
+        "PLADIS: off, lambda 0, alpha 1.5"
+    ]
 
 
 def test_two_nodes_have_a_receipt_each(unet, said):
@@ -800,11 +828,8 @@ def test_two_nodes_have_a_receipt_each(unet, said):
     tiny.sample(model, steps=2)
     assert [words.split(",")[0] for _, words in said] == ["4 of 4 text layers in 2 of 2 steps"]
     said.clear()
-    tiny.sample(apply(with_id(unet), scale=1.0), steps=2)
+    tiny.sample(with_id(with_id(unet), scale=1.0), steps=2)
     assert said[0] == ("7", "replaced by an Apply node behind this one")
-    said.clear()
-    tiny.sample(apply(with_id(unet), layers="custom", blocks="m0", scale=1.0), steps=2)
-    assert [words.split(",")[0] for _, words in said] == ["3 of 3 chosen text layers in 2 of 2 steps"]
 
 
 def test_the_way_out_is_named():

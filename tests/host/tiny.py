@@ -5,6 +5,8 @@ In float64: random weights make a network chaotic, and rounding errors must stay
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import comfy.model_base
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -129,13 +131,13 @@ POSITIVE, NEGATIVE = prompt(11), prompt(12)
 
 def sample(
     model, positive=POSITIVE, negative=NEGATIVE, *, cfg=4.0, steps=2, batch=1, size=8, sampler="euler", seed=5,
-    scheduler="normal", noise=None,
+    scheduler="normal", noise=None, denoise=1.0,
 ) -> torch.Tensor:  # fmt: skip
     if noise is None:
         noise = comfy.sample.prepare_noise(torch.zeros(batch, 4, size, size), seed)
     return comfy.sample.sample(
         model, noise, steps, cfg, sampler, scheduler, positive, negative, torch.zeros_like(noise),
-        disable_pbar=True, seed=seed,
+        disable_pbar=True, seed=seed, denoise=denoise,
     )  # fmt: skip
 
 
@@ -143,10 +145,12 @@ DEFAULTS = {"scale": 2.0, "alpha": 1.5, "start_percent": 0.0, "end_percent": 1.0
 ADVANCED = {**DEFAULTS, "layers": "all", "blocks": "", "apply_to": "both", "force_unknown": False}
 
 
-def apply(model, **options):
-    """MODEL through the simple node, or through the advanced one where an option asks for it."""
+def apply(model, *, unique_id=None, **options):
+    """MODEL through the simple node, or through the advanced one where an option asks for it; of a graph's node."""
     node = PLADISApplyAdvanced if set(options) - set(DEFAULTS) else PLADISApply
     defaults = ADVANCED if node is PLADISApplyAdvanced else DEFAULTS
+    if unique_id is not None:
+        node = type(node.__name__, (node,), {"hidden": SimpleNamespace(unique_id=unique_id)})
     return node.execute(model, **{**defaults, **options}).result[0]
 
 

@@ -452,11 +452,11 @@ def assert_it_has_its_own_room(page: Page, node: int) -> None:
     assert parts[0]["height"] >= 23 and parts[2]["height"] > 10, parts
 
 
-def tell(page: Page, node: int | str, text: str) -> None:
+def tell(page: Page, node: int | str, text: str, **more: str) -> None:
     """As the server does after a run."""
     page.evaluate(
         "(detail) => app.api.dispatchEvent(new CustomEvent('pladis.receipt', { detail }))",
-        {"node": str(node), "text": text},
+        {"node": str(node), "text": text, **more},
     )
     settle(page)
 
@@ -522,6 +522,26 @@ def test_what_the_last_run_did_is_no_change_of_the_workflow(page):
     expect(receipt(page, ADVANCED)).to_have_attribute("title", long)
     assert saved(page) == before
     assert steps_to_undo(page) == steps
+
+
+def test_every_sampler_of_a_run_is_told_and_none_of_the_run_before(page):
+    for run, texts, shown in (
+        ("a", ("4 of 8 steps", "0 of 8 steps"), "4 of 8 steps | next sampler: 0 of 8 steps"),
+        ("b", ("1", "2", "3", "4"), "1 | 2 more | last sampler: 4"),
+        ("c", ("8 of 8 steps",), "8 of 8 steps"),
+    ):
+        for text in texts:
+            tell(page, BASIC, text, run=run)
+        expect(receipt(page, BASIC)).to_have_text(shown)
+
+
+def test_a_node_that_is_bypassed_does_not_tell_of_runs_without_it(page):
+    tell(page, BASIC, "6 of 6 text layers in 2 of 2 steps")
+    expect(receipt(page, BASIC)).to_be_visible()
+    for mode, is_there in ((4, False), (0, True), (2, False)):
+        page.evaluate(f"app.graph.getNodeById({BASIC}).mode = {mode}; app.graph.setDirtyCanvas(true, true)")
+        settle(page)
+        expect(receipt(page, BASIC)).to_be_visible(visible=is_there)
 
 
 def test_what_the_last_run_did_stays_on_its_node(page):
