@@ -171,7 +171,7 @@ def read(case: Case):
         for name in ("Q", "K", "V", "Mask", "Mix", "Mass", "Out")
     }
     types |= {"sizes": backend.Sizes("i32", "i32", "1"), "scale": backend.Scale(*["fp32"] * 4)}
-    types |= {"solver": backend.Solver("i32", "i32", *["fp32"] * 4), "weights": backend.Weights(*["fp32"] * 4)}
+    types |= {"solver": backend.Solver("i32", "i32", *["fp32"] * 5), "weights": backend.Weights(*["fp32"] * 4)}
     types |= zip(("HOW", "TILE"), plan.constants, strict=True)
     return ASTSource(plan.kernel, *specialised(types)), plan
 
@@ -317,7 +317,7 @@ def streaming_steps(
         elif done:
             step = step.clamp(min=-1.2e-7)
         step = step.maximum(-u).minimum(farthest - u)
-        far = over.abs() if of == "norm" else step.maximum(-3.0 * step)
+        far = over.maximum(-over * scores.shape[1] ** b) if of == "norm" else step.maximum(-3.0 * step)
         u = u + step
         taken += left
         left &= (far > tolerance).view(-1, block_q).any(1)

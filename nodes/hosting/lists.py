@@ -74,13 +74,14 @@ def numbers(name: str, text: str, low: float, high: float) -> list[float]:
             number = float(entry)
         except ValueError:
             raise ValueError(
-                f"{name}: {shortened(entry)!r} is not a number. Write numbers with commas between: 0, 1, 2"
+                f"{name}: {shortened(entry)!r} is not a number. Write numbers from {low:g} to {high:g}, with commas "
+                "between."
             ) from None
         if not low <= number <= high:
             raise ValueError(f"{name}: {number:g} lies outside {low:g} to {high:g}.")
         found.append(number)
     if not found:
-        raise ValueError(f"{name}: the list is empty. Write numbers with commas between: 0, 1, 2")
+        raise ValueError(f"{name}: the list is empty. Write numbers from {low:g} to {high:g}, with commas between.")
     return list(dict.fromkeys(found))
 
 

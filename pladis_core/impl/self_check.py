@@ -16,8 +16,9 @@ from . import eager
 HEADS, ROWS = 2, 147
 # of the largest value times a rounding
 TOLERANCE = 8.0
-# of an output's root mean square: far above what rounding makes of any row, below what a wrong tile does to few
-WRONG = 0.05
+# of an output's root mean square: far above what rounding makes of any row, below what a wrong tile does to few; and
+# how many roundings of weights beside it
+WRONG, ROUNDINGS = 0.05, 4.0
 
 
 def compare(
@@ -67,7 +68,7 @@ def compare_output(
     last head. Waits for the device.
 
     Returns:
-        False where inputs that are not finite left nothing to compare.
+        False where there was nothing to compare: inputs that are not finite, or outputs that are 0.
 
     Raises:
         RuntimeError: they differ by more than rounding can explain.
@@ -82,12 +83,20 @@ def compare_output(
     key, value = (t[last, _first_and_last(t.shape[1])].to(exact) for t in (key, value))
     mask, mass, row_lse = (None if t is None else t[few] for t in (mask, mass, row_lse))
     mixed = None if mix_mask is None else mix_mask[last]
-    expected = eager.attend(query[few].to(exact), key, value, mask, mixed, scale, alpha, dense, sparse, mass, row_lse)
+    beside = mask, mixed, scale, alpha, dense, sparse, mass, row_lse
+    expected = eager.attend(query[few].to(exact), key, value, *beside)
     largest = torch.finfo(out.dtype).max
     expected = expected.clamp(-largest, largest)
-    error, size, of_value = (_root_mean_square(t) for t in (out[few].to(exact) - expected, expected, value))
-    allowed = WRONG * size + (abs(dense) + abs(sparse)) * torch.finfo(out.dtype).eps * of_value
-    if not math.isfinite(size):
+    # of random signs a row of weights makes its own length
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randn(key.shape[-2], 16, generator=generator, device="cpu", dtype=torch.float32).sign()
+    signs = signs.to(key).expand(*key.shape[:-1], -1)
+    weights = eager.attend(query[few].to(exact), key, signs, *beside)
+    error, size, of_value, of_row = (
+        _root_mean_square(t) for t in (out[few].to(exact) - expected, expected, value, weights)
+    )
+    allowed = WRONG * size + ROUNDINGS * torch.finfo(out.dtype).eps * of_value * of_row
+    if not (0.0 < size < math.inf and math.isfinite(of_value)):
         return False
     if not error <= allowed:
         raise RuntimeError(f"its result is off by {error:.1e}, where rounding allows {allowed:.1e}")

@@ -75,6 +75,7 @@ class Solver(NamedTuple):
     most: Any  # u of equal scores, beyond which no root lies
     b: Any  # alpha - 1
     tolerance: Any  # after a step below it a row is done; with How.NORM after one from where the p-norm is so near 1
+    right: Any  # how many times as near it has to be where it is below 1
 
 
 class Weights(NamedTuple):
@@ -121,14 +122,6 @@ class Tile(NamedTuple):
     STAGES: int  # of the loop over tiles of BLOCK_D
     AHEAD: int  # tiles of the value that are loaded before the first is needed; 0: those of the key neither
     SLICED: bool = False  # all weights are made before a loop over tiles of the value's columns: fewer registers
-
-
-class Line(NamedTuple):
-    """r = rate * x + base - b * u, of what a tile holds as x: the exponents c, or the scores themselves."""
-
-    rate: Any
-    base: Any  # 1, or (BLOCK_Q,)
-    b: Any  # alpha - 1
 
 
 class Threshold(NamedTuple):
@@ -305,11 +298,10 @@ def _part(Mix, cols, sizes):
 
 
 @triton.jit
-def _finished_scores(s, Mask, rows, cols, sizes, scale, FULL: tl.constexpr, BOUNDED: tl.constexpr, HOW):
+def _finished_scores(s, Mask, rows, cols, sizes, scale, FULL: tl.constexpr, HOW):
     """Scores (rows, cols) of one tile, those beyond the limit as if equal, -inf where masked or past the last key.
 
-    FULL: no key is past the last one. Without BOUNDED what no mask was added to stays as it is: for `_powers`, which
-    saturates.
+    FULL: no key is past the last one.
     """
     if not HOW.FOLD:
         s *= scale.scale
@@ -323,9 +315,7 @@ def _finished_scores(s, Mask, rows, cols, sizes, scale, FULL: tl.constexpr, BOUN
             mask = mask.to(tl.float32)
             inside = inside & (mask > scale.mask_min)
             s += mask
-    # Triton 3.3 takes no more than two operands
-    if BOUNDED or (HOW.MASK != 0 or HOW.EXACT):
-        s = _within(s, scale.limit, HOW.PTX)
+    s = _within(s, scale.limit, HOW.PTX)
     return s if FULL and HOW.MASK == 0 else tl.where(inside, s, -float("inf"))
 
 
@@ -357,23 +347,14 @@ def _whole_power(r, N: tl.constexpr):
 
 
 @triton.jit
-def _line_of_scores(centre, gain, b):
-    """For scores whose maximum along a row is `centre`; as in `_centred`, a little above by the same amount."""
-    rate = gain * b * LN_2
-    offset = centre * rate
-    return Line(rate, 1.0 + (tl.abs(offset) * 2.4e-7 - offset), b)
-
-
-@triton.jit
-def _powers(x, u, line, part, HOW):
-    """r and r^(p - 1) of one tile; with MIX both are 0 outside the columns `part`. Near alpha 1 x is c."""
-    b = line.b
+def _powers(c, u, b, part, HOW):
+    """r and r^(p - 1) of one tile; with MIX both are 0 outside the columns `part`."""
     if HOW.POWER == 2:
-        x = tl.maximum(b * (x * LN_2 - u[:, None]), -1.0)
+        x = tl.maximum(b * (c * LN_2 - u[:, None]), -1.0)
         if HOW.MIX:
             x = tl.where(part, x, -1.0)
         return 1.0 + x, tl.exp(_log1p(x) * ((1.0 - b) / b))
-    r = tl.minimum(tl.maximum(tl.fma(x, line.rate, (line.base - b * u)[:, None]), 0.0), 1.0)
+    r = tl.minimum(tl.maximum(tl.fma(c, b * LN_2, (1.0 - b * u)[:, None]), 0.0), 1.0)
     if HOW.MIX:
         r = tl.where(part, r, 0.0)
     slope = r
@@ -389,9 +370,9 @@ def _powers(x, u, line, part, HOW):
 
 
 @triton.jit
-def _terms(x, u, line, part, HOW):
+def _terms(c, u, b, part, HOW):
     """r^p and r^(p - 1)."""
-    r, slope = _powers(x, u, line, part, HOW)
+    r, slope = _powers(c, u, b, part, HOW)
     return r if HOW.ALPHA == 2 else r * slope, slope
 
 
@@ -407,24 +388,28 @@ def _norm(total, slope, b, HOW):
 
 
 @triton.jit
-def _beside(norm, slope):
-    """What is asked of `tolerance` with How.NORM: a step leaves about the square of it. Nothing of a row that is masked
-    throughout, whose slope is 0.
+def _beside(norm, slope, solver):
+    """What is asked of `tolerance` with How.NORM: what the p-norm is beside 1, of which a step leaves about the square.
+
+    Right of the root a step goes left of it, where up to all keys come in at once: there the norm has to be nearer. Of
+    a row that is masked throughout the slope is 0, and it is done.
     """
-    return tl.minimum(tl.abs(norm - 1.0), slope)
+    over = norm - 1.0
+    return tl.where(slope > 0.0, tl.maximum(over, -solver.right * over), 0.0)
 
 
 @triton.jit
-def _newton_step(total, slope, u, back, b, HOW):
+def _newton_step(total, slope, u, back, solver, HOW):
     """How far u moves: (1 - total^-b) total / (b slope), Newton on the p-norm, about 0 where every key is masked; and
     what is asked of `tolerance`.
 
     back: how far at most, where that is not by rounding alone (impl/eager.py). A general alpha asks for no bound.
     """
+    b = solver.b
     if HOW.NORM:
         norm, pace = _norm(total, slope, b, HOW)
         step = tl.maximum((norm - 1.0) * pace, -u)
-        far = _beside(norm, slope)
+        far = _beside(norm, slope, solver)
     else:
         slope = tl.maximum(slope, 1e-30)
         if HOW.ALPHA == 1.5:
@@ -465,25 +450,24 @@ def _steps_left(far, left, solver):
 
 
 @triton.jit
-def _entmax(x, found, line, part, HOW):
+def _entmax(c, found, b, part, HOW):
     """A quarter of the entmax weights of one tile, after the last step.
 
     EXACT applies the step to r: added to u it would be rounded, by less than 16-bit weights show. A quarter keeps
     sums of values that are near the end of float32 within it.
     """
     if HOW.EXACT and HOW.ALPHA == 0:
-        r, power = _powers(x, found.u, line, part, HOW)
+        r, power = _powers(c, found.u, b, part, HOW)
         return 0.25 * power * tl.maximum(r + ((1.0 - found.total) / tl.maximum(found.slope, 1e-30))[:, None], 0.0)
     if HOW.POWER == 2:
-        r, power = _powers(x, found.u + found.step, line, part, HOW)
+        r, power = _powers(c, found.u + found.step, b, part, HOW)
         return 0.25 * power * r
     SHRINK: tl.constexpr = 0.5 if HOW.ALPHA == 1.5 else 0.25 if HOW.ALPHA == 2 else 1.0
-    b = line.b
     if HOW.EXACT:
-        r = tl.fma(x, line.rate * SHRINK, ((line.base - b * found.u) * SHRINK)[:, None])
+        r = tl.fma(c, b * (LN_2 * SHRINK), ((1.0 - b * found.u) * SHRINK)[:, None])
         r = r - (b * found.step * SHRINK)[:, None]
     else:
-        r = tl.fma(x, line.rate * SHRINK, ((line.base - b * (found.u + found.step)) * SHRINK)[:, None])
+        r = tl.fma(c, b * (LN_2 * SHRINK), ((1.0 - b * (found.u + found.step)) * SHRINK)[:, None])
     r = tl.minimum(tl.maximum(r, 0.0), 1.0)
     if HOW.MIX:
         r = tl.where(part, r, 0.0)
@@ -625,11 +609,11 @@ def _value_tile(V, cols, j: tl.constexpr, NV: tl.constexpr, sizes, HOW, TILE):
 
 
 @triton.jit
-def _row_moments(c, u, line, part, HOW, TILE):
+def _row_moments(c, u, b, part, HOW, TILE):
     """(BLOCK_Q,) sums of r^p and of r^(p - 1) over all N tiles."""
-    totals, slopes = _terms(c[0], u, line, part[0], HOW)
+    totals, slopes = _terms(c[0], u, b, part[0], HOW)
     for i in tl.static_range(1, TILE.N):
-        more_totals, more_slopes = _terms(c[i], u, line, part[i], HOW)
+        more_totals, more_slopes = _terms(c[i], u, b, part[i], HOW)
         totals += more_totals
         slopes += more_slopes
     return _two_sums(totals, slopes)
@@ -646,21 +630,21 @@ def _exp2_sum(c, rise, part, PARTS: tl.constexpr, HOW, TILE):
 
 
 @triton.jit
-def _entmax_sum(c, found, line, part, HOW, TILE):
+def _entmax_sum(c, found, b, part, HOW, TILE):
     """(BLOCK_Q,) sums of a quarter of the entmax weights."""
-    weights = _entmax(c[0], found, line, part[0], HOW)
+    weights = _entmax(c[0], found, b, part[0], HOW)
     for i in tl.static_range(1, TILE.N):
-        weights += _entmax(c[i], found, line, part[i], HOW)
+        weights += _entmax(c[i], found, b, part[i], HOW)
     return tl.sum(weights, 1)
 
 
 @triton.jit
-def _surplus(c, found, line, part, HOW, TILE):
+def _surplus(c, found, b, part, HOW, TILE):
     """(BLOCK_Q,): what is left of every sparsemax weight to take off after the last step. impl/eager.py: _settle"""
     totals = tl.zeros(c[0].shape, tl.float32)
     counts = totals
     for i in tl.static_range(0, TILE.N):
-        r = _entmax(c[i], found, line, part[i], HOW)
+        r = _entmax(c[i], found, b, part[i], HOW)
         totals += r
         counts += tl.where(r > 0.0, 1.0, 0.0)
     surplus = 4.0 * tl.sum(totals, 1) - 1.0
@@ -689,7 +673,7 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
     centre = peak
     for i in tl.static_range(0, TILE.N):
         here = cols + i * TILE.BLOCK_K
-        s = _finished_scores(scores[i], Mask, rows, here, sizes, scale, i < TILE.N - 1, True, HOW)
+        s = _finished_scores(scores[i], Mask, rows, here, sizes, scale, i < TILE.N - 1, HOW)
         if HOW.MIX:
             part = part + (_part(Mix, here, sizes),)
             centre = tl.maximum(centre, tl.max(tl.where(part[i], s, -float("inf")), 1))
@@ -706,20 +690,19 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
     for i in tl.static_range(0, TILE.N):
         c = c + (_centred(finished[i], centre, scale.gain, HOW.EXACT),)
 
-    line = Line(b * LN_2, 1.0, b)
     u = tl.full((TILE.BLOCK_Q,), 1.0, tl.float32) * solver.start  # (BLOCK_Q,), as all that is of the solver
-    total, slope = _row_moments(c, u, line, part, HOW, TILE)
-    step, far = _newton_step(total, slope, u, ROUNDING, b, HOW)
+    total, slope = _row_moments(c, u, b, part, HOW, TILE)
+    step, far = _newton_step(total, slope, u, ROUNDING, solver, HOW)
     # nobody is done after the first steps: to ask is to wait for all warps
     for _ in range(solver.least):
         u += step
-        total, slope = _row_moments(c, u, line, part, HOW, TILE)
-        step, far = _newton_step(total, slope, u, ROUNDING, b, HOW)
+        total, slope = _row_moments(c, u, b, part, HOW, TILE)
+        step, far = _newton_step(total, slope, u, ROUNDING, solver, HOW)
     left = solver.steps - solver.least
     while left > 0:
         u += step
-        total, slope = _row_moments(c, u, line, part, HOW, TILE)
-        step, far = _newton_step(total, slope, u, ROUNDING, b, HOW)
+        total, slope = _row_moments(c, u, b, part, HOW, TILE)
+        step, far = _newton_step(total, slope, u, ROUNDING, solver, HOW)
         left = _steps_left(far, left, solver)
 
     # the first tiles of the value are under way meanwhile
@@ -734,15 +717,15 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
     sparse_sum = dense_sum
     if HOW.EXACT:
         if HOW.ALPHA == 2:
-            step += _surplus(c, Threshold(u, step, total, slope), line, part, HOW, TILE)
-        sparse_sum = _entmax_sum(c, Threshold(u, step, total, slope), line, part, HOW, TILE)
+            step += _surplus(c, Threshold(u, step, total, slope), b, part, HOW, TILE)
+        sparse_sum = _entmax_sum(c, Threshold(u, step, total, slope), b, part, HOW, TILE)
     found = Threshold(u, step, total, slope)
     shares = Shares(rise, dense_sum, _sparse_factor(weights.sparse, sparse_sum, part_sum, dense_sum, HOW))
     weight_sums = tl.zeros((TILE.BLOCK_Q, 16), tl.float32)
     if TILE.SLICED:
         rounded = ()  # N x (BLOCK_Q, BLOCK_K)
         for i in tl.static_range(0, TILE.N):
-            w = _mixed(_entmax(c[i], found, line, part[i], HOW), c[i], part[i], shares, weights, HOW)
+            w = _mixed(_entmax(c[i], found, b, part[i], HOW), c[i], part[i], shares, weights, HOW)
             w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
             rounded = rounded + (w,)
         factor = _row_factor(Mass, rows, peak * (scale.gain * LN_2), dense_sum, weight_sums, sizes, weights, HOW)
@@ -759,7 +742,7 @@ def resident_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weights
         for _ in tl.static_range(0, HOW.DV, TILE.BLOCK_V):
             out = out + (tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_V), tl.float32),)
         for i in tl.static_range(0, TILE.N):
-            w = _mixed(_entmax(c[i], found, line, part[i], HOW), c[i], part[i], shares, weights, HOW)
+            w = _mixed(_entmax(c[i], found, b, part[i], HOW), c[i], part[i], shares, weights, HOW)
             w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
             more = ()
             for n in tl.static_range(0, NV):
@@ -781,13 +764,13 @@ def _clamped(cols, sizes, HOW):
 
 
 @triton.jit
-def _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, BOUNDED: tl.constexpr, HOW, TILE):
+def _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, HOW, TILE):
     """(BLOCK_Q, BLOCK_K) scores against the keys from `first` on, and (1, BLOCK_K) which of these are mixed."""
     cols = _range(first, TILE.BLOCK_K, HOW)
     k = _keys(K, _clamped(cols, sizes, HOW), tl.arange(0, TILE.BLOCK_D), sizes, True, HOW)  # (BLOCK_D, BLOCK_K)
     s = _dot(q, k, tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_K), tl.float32))
     part = _part(Mix, cols, sizes) if HOW.MIX else (cols < sizes.keys)[None, :]
-    return _finished_scores(s, Mask, rows, cols, sizes, scale, HOW.WHOLE, BOUNDED, HOW), part
+    return _finished_scores(s, Mask, rows, cols, sizes, scale, HOW.WHOLE, HOW), part
 
 
 @triton.jit
@@ -802,7 +785,7 @@ def _started(c, u, fall, rise, b, part, HOW):
     u -= rise
     near = tl.maximum(1.0 - 0.25 * fall * tl.maximum(-u, 0.0), 0.0)
     u = tl.maximum(u, 0.0)
-    totals, slopes = _terms(c, u, Line(b * LN_2, 1.0, b), part, HOW)
+    totals, slopes = _terms(c, u, b, part, HOW)
     total, slope = _two_sums(totals, slopes)
     # the maximum, or what is near 1 of earlier keys, makes it 1 at least
     total += near * near * near * near
@@ -834,7 +817,7 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
     # as if there were one key, at that maximum
     u, fall = dense_sum, dense_sum + 1.0
     for first in range(0, sizes.keys, TILE.BLOCK_K):
-        s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, True, HOW, TILE)
+        s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, HOW, TILE)
         higher = tl.maximum(peak, tl.max(s, 1))
         c = _centred(s, higher, gain, HOW.EXACT)  # (BLOCK_Q, BLOCK_K)
         p = _exp2(c, HOW.PTX)
@@ -854,21 +837,20 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
 
     # from a guess right of the root Newton's first step leads back to the left of it; from there on they go back by
     # rounding alone
-    STRAIGHT: tl.constexpr = not HOW.EXACT and HOW.POWER != 2
-    line = _line_of_scores(centre, gain, b) if STRAIGHT else Line(b * LN_2, 1.0, b)
-    u = tl.maximum(tl.minimum(u, solver.most), solver.start)
+    # `_centred` puts 16-bit scores a little higher, and with them the root
+    most = solver.most + (0.0 if HOW.EXACT else tl.abs(centre * gain) * (3.2e-7 * LN_2))
+    u = tl.maximum(tl.minimum(u, most), solver.start)
     step, total, slope = u * 0.0, u, u
     norm, pace = u * 0.0 + 1e30, u * 0.0  # no bend follows of the first pass
-    back = solver.most
+    back = most
     left = solver.steps
     while left > 0:
         u += step
         totals = tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_K), tl.float32)
         slopes = totals
         for first in range(0, sizes.keys, TILE.BLOCK_K):
-            s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, False, HOW, TILE)
-            x = s if STRAIGHT else _centred(s, centre, gain, HOW.EXACT)
-            more_totals, more_slopes = _terms(x, u, line, part, HOW)
+            s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, HOW, TILE)
+            more_totals, more_slopes = _terms(_centred(s, centre, gain, HOW.EXACT), u, b, part, HOW)
             totals += more_totals
             slopes += more_slopes
         total, slope = _two_sums(totals, slopes)
@@ -876,11 +858,11 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
             norm_before, pace_before = norm, pace
             norm, pace = _norm(total, slope, b, HOW)
             step = _bent_step(norm, pace, norm_before, pace_before, step, solver.tolerance, HOW.PTX)
-            step = tl.minimum(tl.maximum(step, -u), solver.most - u)
-            far = _beside(norm, slope)
+            step = tl.minimum(tl.maximum(step, -u), most - u)
+            far = _beside(norm, slope, solver)
         else:
-            step, _ = _newton_step(total, slope, u, back, b, HOW)
-            step = tl.minimum(tl.maximum(step, -u), solver.most - u)
+            step, _ = _newton_step(total, slope, u, back, solver, HOW)
+            step = tl.minimum(tl.maximum(step, -u), most - u)
             far = tl.maximum(step, -3.0 * step)
         left = _steps_left(far, left, solver)
         back = tl.minimum(back, ROUNDING)
@@ -892,10 +874,9 @@ def streaming_kernel(Q, K, V, Mask, Mix, Mass, Out, sizes, scale, solver, weight
     out = tl.zeros((TILE.BLOCK_Q, TILE.BLOCK_D), tl.float32)
     weight_sums = tl.zeros((TILE.BLOCK_Q, 16), tl.float32)
     for first in range(0, sizes.keys, TILE.BLOCK_K):
-        s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, True, HOW, TILE)
+        s, part = _tile_scores(q, K, Mask, Mix, rows, first, sizes, scale, HOW, TILE)
         c = _centred(s, centre, gain, HOW.EXACT)
-        entmax = _entmax(s if STRAIGHT else c, found, line, part, HOW)
-        w = _mixed(entmax, c, part, shares, weights, HOW)
+        w = _mixed(_entmax(c, found, b, part, HOW), c, part, shares, weights, HOW)
         w, weight_sums = _rounded(w, weight_sums, V.at.dtype.element_ty, HOW, TILE)
         cols = _clamped(_range(first, TILE.BLOCK_K, HOW), sizes, HOW)
         v = _values(V, cols, dims, sizes, True, HOW)  # (BLOCK_K, BLOCK_D)

@@ -30,7 +30,7 @@ def arguments(kind: str, dtype: torch.dtype, queries: int = 300, keys: int = 77)
     elif kind == "lambda 50":
         dense, sparse = -49.0, 50.0
     elif kind == "saturates":
-        value, dense, sparse = value * 2e4, -49.0, 50.0
+        value, dense, sparse = (value * 2e4).clamp(-6e4, 6e4), -49.0, 50.0
     elif kind == "boolean mask":
         mask = torch.rand(3, 4, queries, keys) < 0.5
         mask[:, :, ::7] = False
@@ -105,10 +105,30 @@ def test_what_is_wrong_does_not(kind, dtype, how):
         compare_output(broken(eager.attend(*given), how), *given)
 
 
-def test_inputs_that_are_not_finite_say_nothing():
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_inputs_that_are_not_finite_say_nothing(value):
     given = arguments("plain", torch.float16)
-    given[2][:, :, 5, 3] = torch.nan
-    assert not compare_output(torch.zeros_like(given[0]), *given)
+    given[2][:, :, 5, 3] = value
+    for out in (torch.zeros_like(given[0]), torch.full_like(given[0], torch.nan)):
+        assert not compare_output(out, *given)
+
+
+def test_outputs_that_are_zero_say_nothing():
+    given = arguments("plain", torch.float16)
+    given[2].zero_()
+    assert not compare_output(eager.attend(*given), *given)
+
+
+@pytest.mark.parametrize("how", ("a tile of rows", "columns", "other heads", "other rows"))
+@pytest.mark.parametrize("keys", (77, 4096))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_small_share_of_a_longer_row_is_compared_as_closely(dtype, keys, how):
+    given = arguments("cancels", dtype, keys=keys)
+    given[9] = torch.full((3, 4, 300, 1), 0.01)
+    out = eager.attend(*given)
+    assert compare_output(out, *given)
+    with pytest.raises(RuntimeError, match="off by"):
+        compare_output(broken(out, how), *given)
 
 
 @pytest.fixture
@@ -170,8 +190,29 @@ def test_inputs_that_are_not_finite_leave_a_variant_to_be_compared(unseen):
     query, key, value = inputs()
     pladis_attention(query, key, value * torch.nan)
     assert not backend._compared
-    pladis_attention(*inputs(21))
+    # the same layout
+    pladis_attention(*inputs())
     assert len(compared) == 2 and len(backend._compared) == 1
+
+
+def test_what_cannot_be_compared_now_is_compared_later(unseen, monkeypatch, caplog):
+    backend, compared = unseen
+    tensors = inputs()
+    with monkeypatch.context() as recording:
+        recording.setattr(backend, "is_recorded", lambda device: True)
+        pladis_attention(*tensors)
+    assert not compared
+    with monkeypatch.context() as full:
+        full.setattr(backend, "compare_output", lambda *args: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("out")))
+        torch.testing.assert_close(pladis_attention(*tensors), pladis_attention(*tensors, backend="eager"))
+    pladis_attention(*tensors)
+    assert len(compared) == 1 and not caplog.records
+
+
+def test_the_cpu_is_no_device_where_a_kernel_is_unseen():
+    backend = pytest.importorskip("pladis_core.impl.triton", reason="no Triton on this system")
+    assert not backend._is_unseen((torch.device("cpu"), "any"))
+    assert backend._is_unseen((torch.device("cuda", 0), "any"))
 
 
 def test_the_log_names_kernels_so_that_one_can_be_left_out():

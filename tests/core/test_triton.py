@@ -403,6 +403,48 @@ def test_scores_that_are_nearly_equal(keys, spread, alpha):
     assert error.square().mean() <= 1.8**2 * (expected.half().double() - expected).square().mean()
 
 
+def with_scores(scores, queries, dtype):
+    """Queries that all have these scores (keys,), in `dtype`, and random values."""
+    query, key = torch.zeros(1, 1, queries, 16, device=DEVICE), torch.zeros(1, 1, len(scores), 16, device=DEVICE)
+    query[..., 0], key[0, 0, :, 0] = 4.0, scores
+    return [t.to(dtype) for t in (query, key, torch.randn(1, 1, len(scores), 16, device=DEVICE))]
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 1.75))
+@pytest.mark.parametrize("kind", ("ramp", "alternation", "late", "outlier"))
+def test_rows_of_which_the_first_tiles_lead_the_start_astray(kind, alpha, dtype):
+    """Similar queries, all of whose guesses lie right of the root: there all that entmax keeps may come in at once."""
+    keys = 1024
+    place = torch.arange(keys, device=DEVICE) / keys
+    scores = torch.randn(keys, device=DEVICE) * 0.1
+    if kind == "ramp":
+        scores -= 4.0 * place
+    elif kind == "alternation":
+        scores[::2] -= 2.0
+    elif kind == "late":
+        scores[place < 0.95] -= 1.0
+    else:
+        scores = 0.2 * scores
+        scores[keys // 2] += 2.0
+    inputs = with_scores(scores, 16, dtype)
+    for lam in (1.0, 2.0):
+        expected = definition(*inputs, alpha=alpha, lam=lam)
+        error = pladis_attention(*inputs, alpha=alpha, lam=lam, backend="triton").double() - expected
+        # most of it from rounded weights; of the outlier, at the edge of all others' support, twice a rounding
+        size = expected.square().mean().sqrt()
+        assert error.square().mean().sqrt() <= 2.5 * torch.finfo(dtype).eps * size, (lam, error.abs().max())
+
+
+@pytest.mark.parametrize("alpha", (1.5, 2.0))
+@pytest.mark.parametrize("score", (16.0, 256.0, -256.0))
+@pytest.mark.parametrize("keys", (77, 321))
+def test_equal_scores_far_from_zero_need_no_correction(keys, score, alpha):
+    query, key, value = with_scores(torch.full((keys,), score, device=DEVICE), 16, torch.float16)
+    out = pladis_correction(query, key, 1.0 + 0.1 * value, alpha=alpha, backend="triton")
+    assert out.abs().max() <= 1e-3
+
+
 def mixed_in_part(query, key, value, part, mask, alpha, dense, sparse):
     """float64: of the keys `part` (B, Lk), dense * p + sparse * m * entmax over them alone, with m the sum of their p;
     of the others (dense + sparse) * p.

@@ -88,7 +88,8 @@ def test_512_tokens_of_padding():
     context[:, 7:] = 0.0
     first = report_of(model, [[context, options]], {"samples": families.noise(family)}).splitlines()[0]
     assert re.match(r"Padding: end token and padding hold \d\d% of the text's attention", first)
-    assert re.search(r"takes the words' share from \d+% to -?\d+%\. Try tokens: words only", first)
+    beyond = r"( \(what goes beyond 100% is taken below zero elsewhere\))?"
+    assert re.search(rf"takes the words' share from \d+% to -?\d+%{beyond}\. Try tokens: words only", first)
     # the regime is the model's, not the scale's
     weak = report_of(model, [[context, options]], {"samples": families.noise(family)}, scale=0.1)
     assert weak.startswith("Padding: ")
@@ -133,3 +134,14 @@ def test_what_stands_between_says_so():
     report = LayerReport(0.5, 5, 0.1, 1.0, 4.0, 3.0)
     assert sentence([report], 2.0, 1.5).startswith("In between: attention spreads over 4 tokens")
     assert regime_table(["b0"], [report])[1].split() == ["b0", "4", "3", "-"]
+
+
+def test_where_nothing_is_mixed_no_share_is_said_to_change():
+    masses = {"words": (0.3, 1.34), "padding": (0.6, -0.4)}
+    report = LayerReport(0.5, 5, 0.1, 1.0, 4.0, 3.0, masses)
+    mixed, *off = (sentence([report], lam, alpha) for lam, alpha in ((2.0, 1.5), (0.0, 1.5), (2.0, 1.0)))
+    assert "takes the words' share from 30% to 134% (what goes beyond 100% is taken below zero elsewhere). Try" in mixed
+    assert all(said.startswith("Padding: ") and "takes the words' share" not in said for said in off)
+    diffuse = LayerReport(0.5, 5, 0.1, 1.0, 77.0, 3.0)
+    # the model's regime, of which alpha 1 says nothing
+    assert sentence([diffuse], 2.0, 1.0) == sentence([diffuse], 2.0, 1.5)

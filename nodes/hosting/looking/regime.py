@@ -17,7 +17,7 @@ PARTS = {"start": START, "words": WORD, "padding": OTHER + PADDING}
 # shares of the text's attention
 SINK, PADDED = 0.4, 0.3
 # times as steep as softmax, at the paper's scale
-STEEP, FLAT, PAPER = 5.0, 1.5, 2.0
+STEEP, FLAT, PAPER, PAPER_ALPHA = 5.0, 1.5, 2.0, 1.5
 
 
 def parts_of(kinds: tuple[str, ...]) -> dict[str, list[int]]:
@@ -40,10 +40,16 @@ def mean_mass(reports: Sequence[LayerReport], part: str, kind: int = 0) -> float
 def sentence(reports: Sequence[LayerReport], lam: float, alpha: float) -> str:
     """One plain sentence: the regime, whatever the scale, and what to try."""
     start, padding = (mean_mass(reports, part) or 0.0 for part in ("start", "padding"))
+    is_off = lam == 0.0 or alpha == 1.0
+    # the regime is that of the model, also where nothing is mixed
+    alpha = PAPER_ALPHA if alpha == 1.0 else alpha
     effective = sum(report.effective for report in reports) / len(reports)
     steep = sharpening_factor(effective, PAPER, alpha)
     before, after = (mean_mass(reports, "words", kind) for kind in (0, 1))
-    words = "" if before is None else f", and scale {lam:g} takes the words' share from {before:.0%} to {after:.0%}"
+    words = ""
+    if before is not None and not is_off:
+        words = f", and scale {lam:g} takes the words' share from {before:.0%} to {after:.0%}"
+        words += " (what goes beyond 100% is taken below zero elsewhere)" if after > 1.0 else ""
     if start >= SINK:
         return (
             f"Sink: the start token holds {start:.0%} of the text's attention{words}. Compare tokens: words only with "
