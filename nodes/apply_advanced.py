@@ -154,7 +154,7 @@ class PLADISApplyAdvanced(io.ComfyNode):
         prompt: str = "",
     ) -> io.NodeOutput:
         target = find_target(model, force_unknown)
-        check_tokens(tokens, target.family, target.network(), clip is not None)
+        check_tokens(tokens, target.family, target.network(), clip is not None and bool(prompt.strip()))
         wanted = tokens == "words only" and clip is not None
         texts = encoded_texts(prompt, clip, bool(target.family.start_of(target.network()))) if wanted else ()
         settings = Settings(

@@ -64,8 +64,8 @@ def compare(
 def compare_output(
     out: torch.Tensor, query, key, value, mask, mix_mask, scale, alpha, dense, sparse, mass, row_lse
 ) -> bool:
-    """What a kernel made of `attend`'s arguments, by `impl/eager.py` on some 128 rows of the last batch's first and
-    last head. Waits for the device.
+    """What a kernel made of `attend`'s arguments, by `impl/eager.py` on some 128 rows of the first and last head of the
+    first and last of the batch. Waits for the device.
 
     Returns:
         False where there was nothing to compare: inputs that are not finite, or outputs that are 0.
@@ -76,13 +76,13 @@ def compare_output(
     length = query.shape[2]
     # odd: another row of every tile
     step = max(length // 128, 1) | 1
-    last, rows = slice(-1, None), slice((length - 1) % step, None, step)
-    few = last, _first_and_last(query.shape[1]), rows
+    ends = _first_and_last(query.shape[0])
+    few = ends, _first_and_last(query.shape[1]), slice((length - 1) % step, None, step)
     # products of float32 may be rounded on tensor cores
     exact = torch.float64 if query.dtype == torch.float32 and query.device.type == "cuda" else torch.float32
-    key, value = (t[last, _first_and_last(t.shape[1])].to(exact) for t in (key, value))
+    key, value = (t[ends, _first_and_last(t.shape[1])].to(exact) for t in (key, value))
     mask, mass, row_lse = (None if t is None else t[few] for t in (mask, mass, row_lse))
-    mixed = None if mix_mask is None else mix_mask[last]
+    mixed = None if mix_mask is None else mix_mask[ends]
     beside = mask, mixed, scale, alpha, dense, sparse, mass, row_lse
     expected = eager.attend(query[few].to(exact), key, value, *beside)
     largest = torch.finfo(out.dtype).max
@@ -103,8 +103,8 @@ def compare_output(
     return True
 
 
-def _first_and_last(heads: int) -> slice:
-    return slice(None, None, max(heads - 1, 1))
+def _first_and_last(length: int) -> slice:
+    return slice(None, None, max(length - 1, 1))
 
 
 def _root_mean_square(tensor: torch.Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import pytest
 import torch
@@ -136,6 +137,7 @@ def unseen(monkeypatch):
     """Triton's kernel on the CPU, in its interpreter, as if that were a device where it has not run yet."""
     backend = pytest.importorskip("pladis_core.impl.triton", reason="no Triton on this system")
     monkeypatch.setattr(backend, "_compared", set())
+    monkeypatch.setattr(backend, "_tried", Counter())
     monkeypatch.setattr(backend, "_is_unseen", lambda variant: variant not in backend._compared)
     monkeypatch.setattr(api, "_trials", [trial.Trials("triton", "Triton")])
     monkeypatch.setattr(api, "_has_gpu_compiler", lambda device: True)
@@ -193,6 +195,23 @@ def test_inputs_that_are_not_finite_leave_a_variant_to_be_compared(unseen):
     # the same layout
     pladis_attention(*inputs())
     assert len(compared) == 2 and len(backend._compared) == 1
+
+
+def test_a_pipeline_of_zeros_is_not_compared_for_ever(unseen):
+    backend, compared = unseen
+    query, key, value = inputs()
+    for _ in range(backend.TRIES + 5):
+        pladis_attention(query, key, value * 0.0)
+    assert len(compared) == backend.TRIES
+
+
+def test_one_of_a_batch_that_is_zero_leaves_another_to_be_compared(unseen):
+    backend, compared = unseen
+    query, key, value = (t.repeat(2, 1, 1, 1) for t in inputs())
+    value[1] = 0.0
+    for _ in range(3):
+        pladis_attention(query, key, value)
+    assert len(compared) == len(backend._compared) == 1
 
 
 def test_what_cannot_be_compared_now_is_compared_later(unseen, monkeypatch, caplog):
