@@ -10,7 +10,8 @@ const LEFT_OUT = {
 const GAP = 60;
 
 /**
- * Puts the sweep and a preview of its grid beneath the graph of `apply`, an Apply node.
+ * Puts the sweep and a preview of its grid beneath the graph of `apply`, an Apply node; once: a sweep that is there
+ * already, with these settings and this sampling, is that.
  *
  * Returns the sweep and the names of the inputs of `apply` that it leaves out, or which part was not found.
  * @returns {{ sweep?: any, leftOut?: string[], missing?: "sampler" | "vae" }}
@@ -23,7 +24,10 @@ export function addComparison(apply, create) {
   const decodes = decoder?.isInputConnected(slotOfType(decoder.inputs, "VAE"));
   if (!decodes && !loader) return { missing: "vae" };
 
-  const { graph } = apply;
+  const { graph } = apply, lists = listsOf(apply);
+  const leftOut = Object.keys(LEFT_OUT).filter((name) => LEFT_OUT[name] !== (valueOf(apply, name) ?? LEFT_OUT[name]));
+  const before = graph.nodes.find((node) => node.type === "PLADISSweep" && compares(node, sampler, lists));
+  if (before) return { sweep: before, leftOut };
   const [sweep, preview] = [create("PLADISSweep"), create("PreviewImage")];
   const below = Math.max(...graph.nodes.map((node) => node.pos[1] + node.size[1])) + GAP;
   graph.add(sweep);
@@ -38,14 +42,13 @@ export function addComparison(apply, create) {
   if (decodes) copyLink(decoder, decoder.inputs[slotOfType(decoder.inputs, "VAE")].name, sweep, "vae");
   else loader.connect(slotOfType(loader.outputs, "VAE"), sweep, sweep.findInputSlot("vae"));
   sweep.connect(slotOfType(sweep.outputs, "IMAGE"), preview, preview.findInputSlot("images"));
-  Object.entries(listsOf(apply)).forEach(([name, text]) => setValue(sweep, name, text));
+  Object.entries(lists).forEach(([name, text]) => setValue(sweep, name, text));
   // or its next run would be of another seed than the picture that the sampler shows
   if (widgetOf(sweep, "control_after_generate")) setValue(sweep, "control_after_generate", "fixed");
   sweep.pos = [apply.pos[0], below];
   preview.pos = [sweep.pos[0] + sweep.size[0] + GAP, below];
   // as queueing does, which would be a step of undo of its own
   graph.updateExecutionOrder();
-  const leftOut = Object.keys(LEFT_OUT).filter((name) => LEFT_OUT[name] !== (valueOf(apply, name) ?? LEFT_OUT[name]));
   return { sweep, leftOut };
 }
 
@@ -58,6 +61,14 @@ function listsOf(apply) {
   if (value("norm_cap", 0) !== 0) lists.norm_caps = `${value("norm_cap")}`;
   if (value("layers", "all") !== "all") lists.layers = value("layers") === "custom" ? value("blocks") : value("layers");
   return lists;
+}
+
+/** Whether a sweep has the sampler's model and values, and these lists. */
+function compares(sweep, sampler, lists) {
+  const [ours, its] = [sweep, sampler].map((node) => node.getInputLink(node.findInputSlot("model")));
+  if (!ours || ours.origin_id !== its?.origin_id || ours.origin_slot !== its.origin_slot) return false;
+  const values = VALUES.filter((name) => widgetOf(sampler, name)).map((name) => [name, valueOf(sampler, name)]);
+  return [...values, ...Object.entries(lists)].every(([name, value]) => valueOf(sweep, name) === value);
 }
 
 /** Whether a node samples as KSampler does, by the names of its inputs. */

@@ -147,21 +147,21 @@ def unseen(monkeypatch):
     return backend, compared
 
 
-def inputs(queries=20, keys=77, dtype=torch.float32):
+def inputs(queries=20, keys=20, dtype=torch.float32):
     return tuple(torch.randn(1, 2, length, 16, dtype=dtype) for length in (queries, keys, keys))
 
 
 def test_each_variant_of_tritons_kernel_is_compared_once(unseen, caplog):
     _, compared = unseen
     with caplog.at_level(logging.WARNING):
-        for tensors in (inputs(), inputs(), inputs(21), inputs(dtype=torch.float16), inputs(keys=300)):
+        for tensors in (inputs(), inputs(), inputs(21), inputs(dtype=torch.float16), inputs(keys=40)):
             pladis_attention(*tensors)
         pladis_attention(*inputs(), lam=3.0)
         pladis_attention(*inputs(), alpha=2.0)
     assert len(compared) == 4 and not caplog.records
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ("a tile of rows", "not a number", "columns"))
 def test_where_tritons_kernel_is_wrong_another_is_taken_and_that_is_said(unseen, monkeypatch, caplog, how):
     backend, compared = unseen
     launch = backend.launch
@@ -174,7 +174,7 @@ def test_where_tritons_kernel_is_wrong_another_is_taken_and_that_is_said(unseen,
         return is_new
 
     monkeypatch.setattr(backend, "launch", wrong)
-    tensors = inputs() if how != "columns" else tuple(torch.randn(1, 2, rows, 40) for rows in (20, 77, 77))
+    tensors = inputs() if how != "columns" else tuple(torch.randn(1, 2, 20, 40) for _ in range(3))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             torch.testing.assert_close(pladis_attention(*tensors), pladis_attention(*tensors, backend="eager"))
@@ -197,12 +197,13 @@ def test_inputs_that_are_not_finite_leave_a_variant_to_be_compared(unseen):
     assert len(compared) == 2 and len(backend._compared) == 1
 
 
-def test_a_pipeline_of_zeros_is_not_compared_for_ever(unseen):
+def test_a_pipeline_of_zeros_is_not_compared_for_ever(unseen, monkeypatch):
     backend, compared = unseen
     query, key, value = inputs()
-    for _ in range(backend.TRIES + 5):
+    monkeypatch.setattr(backend, "TRIES", 2)
+    for _ in range(4):
         pladis_attention(query, key, value * 0.0)
-    assert len(compared) == backend.TRIES
+    assert len(compared) == 2
 
 
 def test_one_of_a_batch_that_is_zero_leaves_another_to_be_compared(unseen):

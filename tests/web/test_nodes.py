@@ -727,6 +727,19 @@ def test_comparing_with_scale_0_makes_the_sweep_of_the_users_graph(page):
         page.wait_for_function("(id) => app.graph.getNodeById(id).imgs?.[0].naturalWidth > 100", arg=sweep)
 
 
+def test_comparing_again_makes_another_sweep_where_something_changed_alone(page):
+    page.evaluate(BUILD, SAMPLING)
+    sweeps = "app.graph.nodes.filter(({ type }) => type === 'PLADISSweep').length"
+    for change, count in (({}, 1), ({}, 1), ({"alpha": 2}, 2), ({}, 2)):
+        if change:
+            set_value(page, ADVANCED, **change)
+        choose(page, ADVANCED, "Compare with scale 0")
+        assert page.evaluate(sweeps) == count
+    set_value(page, 13, seed=7)
+    choose(page, ADVANCED, "Compare with scale 0")
+    assert page.evaluate(sweeps) == 3
+
+
 def test_a_comparison_that_cannot_be_made_or_is_not_whole_says_so(page):
     choose(page, BASIC, "Compare with scale 0")
     expect(page.get_by_text("No KSampler takes this node's model").first).to_be_visible()
