@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import kernel_cost  # noqa: E402
 
 # from the source to machine code
-WHOLE = ("sm_90 77x64 bf16 1.5", "sm_89 300x72 bf16 1.5", "sm_120 512x128 bf16 1.5", "sm_90 77x64 fp32 1.5")
-WHOLE += ("gfx1100 77x64 bf16 1.5", "gfx942 300x72 bf16 1.5")
+WHOLE = ("sm_90 77x64 bf16 1.5", "sm_89 300x72 bf16 1.5", "gfx1100 77x64 bf16 1.5")
 
 
 class Understood(Exception):
@@ -28,7 +27,8 @@ def form(plan) -> tuple:
     sizes = (how.D, how.DV, how.ALIGNED, how.PTX)
     branches = [part.value for part in how if part not in sizes]
     whole_width = how.D.value <= tile.BLOCK_D.value
-    return (*branches, how.PTX.value // 10, tile.N.value, tile.AHEAD.value > 0, tile.SLICED.value, whole_width)
+    ptx, resident = how.PTX.value, tile.N.value > 0
+    return (*branches, ptx > 0, ptx >= 86, resident, tile.AHEAD.value > 0, tile.SLICED.value, whole_width)
 
 
 def main() -> None:
