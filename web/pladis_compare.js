@@ -63,12 +63,16 @@ function listsOf(apply) {
   return lists;
 }
 
-/** Whether a sweep has the sampler's model and values, and these lists. */
+/** Whether a sweep has the sampler's links and values, and these lists and no others. */
 function compares(sweep, sampler, lists) {
-  const [ours, its] = [sweep, sampler].map((node) => node.getInputLink(node.findInputSlot("model")));
-  if (!ours || ours.origin_id !== its?.origin_id || ours.origin_slot !== its.origin_slot) return false;
+  const source = (node, name) => {
+    const link = node.getInputLink(node.findInputSlot(name));
+    return link && `${link.origin_id} ${link.origin_slot}`;
+  };
+  if (!["model", ...LINKS].every((name) => source(sweep, name) === source(sampler, name))) return false;
+  const none = Object.fromEntries(["seeds", "end_percents", "norm_caps", "layers"].map((name) => [name, ""]));
   const values = VALUES.filter((name) => widgetOf(sampler, name)).map((name) => [name, valueOf(sampler, name)]);
-  return [...values, ...Object.entries(lists)].every(([name, value]) => valueOf(sweep, name) === value);
+  return [...values, ...Object.entries({ ...none, ...lists })].every(([name, value]) => valueOf(sweep, name) === value);
 }
 
 /** Whether a node samples as KSampler does, by the names of its inputs. */

@@ -111,9 +111,13 @@ class Settings:
         ways = ["lower start_percent"] * (self.start_percent > 0.0)
         if self.end_percent < 1.0:
             ways.append("raise end_percent (with denoise below 1 sampling begins late in the noise schedule)")
+        falls_to_zero = self.schedule != "constant"
+        if not ways and falls_to_zero:
+            return f"{nothing}scale was 0 in every step. Raise scale or end_scale."
         if not ways:
             return f"{nothing}the model was given no text."
         window = f"start_percent {self.start_percent:g} to end_percent {self.end_percent:g}"
+        window += ", or has scale 0" * falls_to_zero
         return f"{nothing}every step lies outside {window}. To have it here, {' or '.join(ways)}."
 
     def without(self, layers: frozenset[Layer]) -> Settings:

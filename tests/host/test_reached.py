@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ from graph import run_node
 from pladis_pack.nodes.hosting import find_target, receipt, running, wrappers
 from pladis_pack.nodes.hosting.handed import Handed
 from pladis_pack.nodes.hosting.roads import unet as unet_road
+from pladis_pack.nodes.hosting.settings import Settings
 from pladis_pack.nodes.hosting.suspects import advice, pack_of
 from tiny import apply
 
@@ -593,6 +595,14 @@ def test_a_run_in_which_its_settings_leave_nothing_to_do_says_why(
     assert words.startswith(f"0 of 4 text layers in 0 of 3 steps, lambda 2, alpha 1.5; {counted}. PLADIS did nothing: ")
     assert why in words
     assert [r.levelno for r in caplog.records if words in r.getMessage()] == [logging.WARNING]
+
+
+def test_a_schedule_that_is_at_zero_is_a_cause_of_its_own():
+    whole = Settings(frozenset(), 0.0, schedule="linear", end_lam=2.0)
+    assert "scale was 0 in every step. Raise scale" in whole.why_it_did_nothing(False)
+    part = replace(whole, end_percent=0.5)
+    assert "outside start_percent 0 to end_percent 0.5, or has scale 0. To have" in part.why_it_did_nothing(False)
+    assert "given no text" in replace(whole, schedule="constant").why_it_did_nothing(False)
 
 
 def test_a_run_of_sweep_or_map_says_nothing_on_a_node_before_them(unet, said):

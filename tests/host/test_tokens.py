@@ -332,3 +332,9 @@ def test_a_gradient_after_a_run_in_inference_mode(sd15):
     noise = torch.randn(1, 4, 8, 8)
     guider.sample(noise, noise * 0, Gradient(), torch.tensor([0.7, 0.0]), disable_pbar=True, seed=1)
     assert weights.grad.isfinite().all() and weights.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("prompt", ("", " \n"))
+def test_words_only_with_a_clip_and_no_text_is_refused_at_the_node(prompt):
+    with pytest.raises(ValueError, match="words only needs clip and prompt"):
+        apply(tiny.patcher("SD15"), tokens=WORDS, clip=object(), prompt=prompt)

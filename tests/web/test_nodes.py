@@ -708,7 +708,20 @@ def test_comparing_with_scale_0_makes_the_sweep_of_the_users_graph(page):
     choose(page, ADVANCED, "Compare with scale 0")
     # once more it makes no second one
     choose(page, ADVANCED, "Compare with scale 0")
-    assert page.evaluate("app.graph.nodes.filter(({ type }) => type === 'PLADISSweep').length") == 1
+    sweeps = "app.graph.nodes.filter(({ type }) => type === 'PLADISSweep')"
+    assert page.evaluate(f"{sweeps}.length") == 1
+    # but where the node has no cap any more it does; that one is taken away again
+    set_value(page, ADVANCED, norm_cap=0)
+    choose(page, ADVANCED, "Compare with scale 0")
+    caps = f"{sweeps}.map((sweep) => sweep.widgets.find(({{ name }}) => name === 'norm_caps').value)"
+    assert page.evaluate(caps) == ["2", ""]
+    page.evaluate(f"""() => {{
+        const [, other] = {sweeps};
+        const previews = other.outputs.flatMap((_, slot) => other.getOutputNodes(slot) ?? []);
+        previews.forEach((preview) => app.graph.remove(preview));
+        app.graph.remove(other);
+    }}""")
+    settle(page)
 
     # the picture on the node grows with every cell
     sweep = page.evaluate("app.graph.nodes.find(({ type }) => type === 'PLADISSweep').id")
